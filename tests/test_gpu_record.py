@@ -1,0 +1,178 @@
+"""The record of the GPU tests is for the sources as they are, and can tell when it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_record
+import pytest
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
+<testcase classname="tests.gpu.test_a" name="test_good" file="tests/gpu/test_a.py"/>
+<testcase classname="tests.gpu.test_a" name="test_bad" file="tests/gpu/test_a.py"><failure message="x"/></testcase>
+<testcase classname="tests.gpu.test_a" name="test_off" file="tests/gpu/test_a.py"><skipped message="x"/></testcase>
+<testcase classname="tests.gpu.test_b" name="test_good" file="tests/gpu/test_b.py"/>
+<testcase classname="tests.gpu.test_b" name="test_left" file="tests/gpu/test_b.py"/>
+<testcase classname="tests.gpu.test_b" name="test_left" file="tests/gpu/test_b.py"><error message="x"/></testcase>
+<testcase classname="" name="tests.gpu.test_c"><error message="collection failure"/></testcase>
+</testsuite></testsuites>"""
+
+
+# Parts of the package that do not decide what runs on the GPU.
+OFF_GPU = {"__init__.py", "__main__.py", "bench", "cli", "integrations", "named_shapes.py", "random_weights.py"}
+
+
+def test_record_is_for_these_sources() -> None:
+    path = gpu_record.ROOT / gpu_record.RECORD
+    if not any((gpu_record.ROOT / "tests/gpu").rglob("test_*.py")):
+        pytest.skip("there are no GPU tests yet")
+    if not path.exists():
+        pytest.fail(f"{gpu_record.RECORD} is missing. Make it {gpu_record.MEND}", pytrace=False)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = gpu_record.complaints(record, gpu_record.source_digests(gpu_record.ROOT))
+    if found:
+        listing = "\n".join(f"  {line}" for line in found)
+        pytest.fail(
+            f"{gpu_record.RECORD} is no evidence for these sources:\n{listing}\nMend it {gpu_record.MEND}",
+            pytrace=False,
+        )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("src/clusterfusion/cuda/deep/step.cu", "src/clusterfusion/ops.py", "tests/gpu/test_step.py"):
+        write(tmp_path / name, "one\n")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def record_for(tree: Path, **counts: int) -> dict[str, Any]:
+    sources = gpu_record.source_digests(tree)
+    return {
+        "counts": {"passed": 3, "failed": 0, "skipped": 0} | counts,
+        "sources": sources,
+        "digest": gpu_record.digest(sources),
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda root: write(root / "src/clusterfusion/ops.py", "two\n"), ["changed: src/clusterfusion/ops.py"]),
+        (lambda root: write(root / "src/clusterfusion/cuda/x.cuh", ""), ["added: src/clusterfusion/cuda/x.cuh"]),
+        (lambda root: (root / "tests/gpu/test_step.py").unlink(), ["removed: tests/gpu/test_step.py"]),
+        (
+            lambda root: (root / "src/clusterfusion/ops.py").rename(root / "src/clusterfusion/seed_api.py"),
+            ["removed: src/clusterfusion/ops.py", "added: src/clusterfusion/seed_api.py"],
+        ),
+        (lambda root: write(root / "src/clusterfusion/cuda/__pycache__/a.pyc", "x"), []),
+        (lambda root: write(root / "src/clusterfusion/cli/app.py", "x"), []),
+        (lambda root: write(root / "tests/gpu/record.json", "{}"), []),
+    ],
+    ids=["changed", "added", "removed", "renamed", "cache", "other source", "the record itself"],
+)
+def test_edits_that_count(tree: Path, edit: Callable[[Path], object], expected: list[str]) -> None:
+    record = record_for(tree)
+    edit(tree)
+    current = gpu_record.source_digests(tree)
+    assert gpu_record.complaints(record, current) == expected
+    assert (gpu_record.digest(current) == record["digest"]) == (not expected)
+
+
+def test_good_record_has_no_complaints(tree: Path) -> None:
+    assert gpu_record.complaints(record_for(tree), gpu_record.source_digests(tree)) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"failed": 2}, "2 GPU tests failed"),
+        ({"passed": 0}, "no GPU test passed (0 were skipped)"),
+        ({"passed": 0, "skipped": 7}, "no GPU test passed (7 were skipped)"),
+    ],
+)
+def test_bad_counts_are_no_evidence(tree: Path, counts: dict[str, int], expected: str) -> None:
+    assert gpu_record.complaints(record_for(tree, **counts), gpu_record.source_digests(tree)) == [expected]
+
+
+def test_digest_must_match_its_own_list(tree: Path) -> None:
+    record = record_for(tree) | {"digest": "0" * 64}
+    found = gpu_record.complaints(record, gpu_record.source_digests(tree))
+    assert found == ["its digest is not that of the sources it lists"]
+
+
+def test_every_glob_reaches_its_file(tmp_path: Path) -> None:
+    expected = {pattern.replace("**/*", "deep/file") for pattern in gpu_record.SOURCES}
+    for name in expected:
+        write(tmp_path / name, name)
+    assert set(gpu_record.source_digests(tmp_path)) == expected
+
+
+def test_every_source_is_recorded_or_known_not_to_matter() -> None:
+    covered = gpu_record.source_digests(gpu_record.ROOT)
+    package = gpu_record.ROOT / "src/clusterfusion"
+    units = {path.relative_to(package).parts[0] for path in package.rglob("*.py")}
+    recorded = {Path(name).relative_to("src/clusterfusion").parts[0] for name in covered if name.startswith("src/")}
+    unknown = units - recorded - OFF_GPU
+    assert not unknown, f"{sorted(unknown)}: add to SOURCES in scripts/gpu_record.py, or to OFF_GPU here"
+
+
+def test_counts_by_file() -> None:
+    files = gpu_record.count_tests(JUNIT)
+    assert files == {
+        "tests/gpu/test_a.py": {"failed": 1, "passed": 1, "skipped": 1},
+        "tests/gpu/test_b.py": {"failed": 1, "passed": 1, "skipped": 0},
+        "tests.gpu.test_c": {"failed": 1, "passed": 0, "skipped": 0},
+    }
+    assert gpu_record.total(files) == {"failed": 3, "passed": 2, "skipped": 1}
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "files", "expected"),
+    [
+        ("no CUDA device", 0, {}, "no CUDA device"),
+        (None, 5, {}, "no GPU test passed"),
+        (None, 1, {"f": {"passed": 4, "failed": 1, "skipped": 0}}, "1 GPU tests failed"),
+        (None, 3, {"f": {"passed": 4, "failed": 0, "skipped": 0}}, "status 3"),
+    ],
+)
+def test_script_writes_nothing_without_success(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    reason: str | None,
+    status: int,
+    files: dict[str, dict[str, int]],
+    expected: str,
+) -> None:
+    pretend(monkeypatch, tmp_path, reason, status, files)
+    with pytest.raises(SystemExit, match=expected):
+        gpu_record.main()
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_script_writes_a_record_that_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch, tmp_path, None, 0, {"f": {"passed": 4, "failed": 0, "skipped": 1}})
+    gpu_record.main()
+    text = (tmp_path / "record.json").read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert record["counts"] == {"passed": 4, "failed": 0, "skipped": 1}
+    assert gpu_record.complaints(record, gpu_record.source_digests(gpu_record.ROOT)) == []
+    assert text == json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, reason: str | None, status: int, files: dict[str, dict[str, int]]
+) -> None:
+    """Stand in for the GPU and for pytest's run on it."""
+    monkeypatch.setattr(gpu_record, "why_no_gpu", lambda: reason)
+    monkeypatch.setattr(gpu_record, "run_tests", lambda: (status, files, 1.0))
+    monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "a GPU"})
+    monkeypatch.setattr(gpu_record, "version_facts", dict)
+    monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(folder / "record.json")])
