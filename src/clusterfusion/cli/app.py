@@ -1,0 +1,88 @@
+"""The command table, and the frame around every command: one-line errors, exit statuses, Ctrl-C.
+
+Commands import what they need when they run, so that `--help` does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from clusterfusion import __version__
+from clusterfusion.cli.generate import generate
+from clusterfusion.cli.info import info
+from clusterfusion.cli.models import models
+from clusterfusion.errors import ClusterFusionError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="clusterfusion",
+    help="Fast decoding of GPT-NeoX/Pythia and LLaMA models: one stream of tokens on one NVIDIA GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(info)
+app.command()(models)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clusterfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error. May stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted."""
+    arguments, debug = _take_debug(sys.argv[1:])
+    try:
+        status = app(args=arguments, prog_name="clusterfusion", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+    except Exception as error:
+        show = getattr(error, "show", None)  # usage errors know how to print themselves, whoever their class belongs to
+        if callable(show) and hasattr(error, "exit_code"):
+            show()
+            sys.exit(EXIT_USAGE)
+        if debug:
+            raise
+        if isinstance(error, ClusterFusionError):
+            _fail(str(error))
+        _fail(f"{type(error).__name__}: {error} (this is a bug; --debug shows the trace)")
+    if status == EXIT_INTERRUPTED:  # some versions of typer return it instead of raising Abort
+        typer.echo("clusterfusion: interrupted", err=True)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo("clusterfusion: " + " ".join(message.split()), err=True)
+    sys.exit(EXIT_ERROR)
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, which may stand anywhere before a `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    head = [a for a in arguments[:end] if a != "--debug"]
+    return head + arguments[end:], len(head) < end

@@ -1,0 +1,103 @@
+"""From logits to the next token: greedy, temperature, top-k, nucleus, repetition penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clusterfusion.errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen. The order of the filters is transformers': penalty, temperature, top-k, top-p.
+
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: only the k likeliest tokens (and those tied with the k-th); None for all.
+    top_p: only the likeliest tokens whose probabilities reach p together (Holtzman et al. 2020); 1 for all.
+    repetition_penalty: logits of tokens seen so far, prompt included, are divided by it when positive and multiplied
+        when negative (Keskar et al. 2019); 1 for none.
+    seed: makes sampling reproducible, on every device alike; None takes a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, _number(self.temperature) and self.temperature >= 0, "a number >= 0")
+        _check(
+            "top_k", self.top_k, self.top_k is None or (_integer(self.top_k) and self.top_k > 0), "an int > 0 or None"
+        )
+        _check("top_p", self.top_p, _number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, _number(penalty) and penalty > 0, "a number > 0")
+        ok = self.seed is None or (_integer(self.seed) and 0 <= self.seed < 2**63)
+        _check("seed", self.seed, ok, "an int from 0 to 2**63 - 1, or None")
+
+
+class Sampler:
+    """Chooses tokens one after another; holds the random state and the tokens that the repetition penalty counts."""
+
+    def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
+        self.options = options
+        self._seen = set(prompt)
+        # On the CPU whatever the logits' device, so that a seed gives the same tokens everywhere.
+        self._generator = torch.Generator(device="cpu")
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token after `logits` [vocab]. Ties go to the lowest id when greedy."""
+        token = self._choose(logits)
+        self._seen.add(token)
+        return token
+
+    def _choose(self, logits: Tensor) -> int:
+        options = self.options
+        if options.repetition_penalty != 1:
+            logits = penalise(logits, self._seen, options.repetition_penalty)
+        if options.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.detach().to("cpu", torch.float32) / options.temperature
+        probabilities = torch.softmax(filter_scores(scores, options.top_k, options.top_p), dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
+    """A copy of logits [vocab] in which tokens already seen score less."""
+    ids = torch.tensor(sorted(seen), dtype=torch.int64, device=logits.device)
+    scores = logits[ids]
+    return logits.index_copy(0, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def filter_scores(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Scores [vocab] with -inf for tokens outside top-k or outside the nucleus."""
+    if top_k is not None and top_k < len(scores):
+        scores = scores.masked_fill(scores < torch.topk(scores, top_k).values[-1], -math.inf)
+    if top_p < 1:
+        ordered, indices = torch.sort(torch.softmax(scores, dim=-1), descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones reach p already
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter(0, indices, outside), -math.inf)
+    return scores
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(name: str, value: object, ok: bool, needed: str) -> None:
+    if not ok:
+        raise ArgumentError(f"{name} is {value!r}; it must be {needed}")

@@ -1,0 +1,110 @@
+"""One stream of tokens: a K/V cache, a position, and the two ways forward, prefill and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clusterfusion import reference
+from clusterfusion.errors import ArgumentError, ContextLengthError
+from clusterfusion.weights import DecoderWeights
+
+
+class Session:
+    """A decoding state over shared weights. Sessions are independent of each other.
+
+    `position` tokens are cached. A call that raises leaves the session as it was. Not safe for several threads at once.
+    """
+
+    def __init__(self, weights: DecoderWeights, max_seq_len: int) -> None:
+        self._weights = weights
+        self._cache = reference.KVCache.allocate(weights.config, max_seq_len, weights.dtype, weights.device)
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        """How many tokens are cached; the next one stands here."""
+        return self._position
+
+    @property
+    def max_seq_len(self) -> int:
+        """How many tokens the session has room for."""
+        return self._cache.max_len
+
+    @property
+    def cache(self) -> reference.KVCache:
+        """Keys and values, [layers, kv_heads, max_seq_len, head_dim] each; the first `position` entries are valid."""
+        return self._cache
+
+    def prefill(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Take in several tokens after those already cached. Returns the logits [vocab] of the last one, float32
+        (float64 for float64 weights).
+
+        `ids` is a list of ints or a 1-D integer tensor on any device, at least one token. Raises ArgumentError for ids
+        outside the vocabulary or of another form, ContextLengthError when they do not fit.
+        """
+        return self._forward(check_token_ids(ids, self._weights.config.vocab_size))
+
+    def step(self, token: int) -> Tensor:
+        """Take in one token. Returns its logits [vocab]. Raises as `prefill` does."""
+        if isinstance(token, Tensor) and token.numel() == 1 and not token.is_floating_point():
+            token = int(token)
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ArgumentError(f"token is {type(token).__name__}; it must be an int")
+        return self._forward(check_token_ids([token], self._weights.config.vocab_size))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._position = 0
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises ArgumentError unless 0 <= position <= self.position."""
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= self._position:
+            raise ArgumentError(
+                f"position is {position!r}; it must be an int from 0 to {self._position}, the current one"
+            )
+        self._position = position
+
+    def fork(self) -> Session:
+        """A second session that goes on from here by itself. Copies the cached tokens' keys and values."""
+        twin = Session(self._weights, self.max_seq_len)
+        twin._cache.k[:, :, : self._position] = self._cache.k[:, :, : self._position]
+        twin._cache.v[:, :, : self._position] = self._cache.v[:, :, : self._position]
+        twin._position = self._position
+        return twin
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        end = self._position + len(ids)
+        if end > self.max_seq_len:
+            raise ContextLengthError(
+                f"{len(ids)} tokens after {self._position} make {end}; this session has room for {self.max_seq_len} "
+                "(rewind, reset, or load with a larger max_seq_len if the model allows it)"
+            )
+        logits = reference.forward(self._weights, ids.to(self._weights.device), self._cache, self._position)
+        self._position = end
+        return logits
+
+
+def check_token_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
+    """`ids` as a 1-D int64 tensor. Raises ArgumentError naming the first bad one."""
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ArgumentError(f"ids is a {ids.dim()}-D tensor of {ids.dtype}; it must be a 1-D integer tensor")
+        tensor = ids.detach().to(torch.int64)
+    else:
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
+            raise ArgumentError(f"ids is {type(ids).__name__}; it must be a list of ints or a 1-D integer tensor")
+        for index, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ArgumentError(f"ids[{index}] is {token!r}; it must be an int")
+            if not 0 <= token < vocab_size:
+                raise ArgumentError(f"ids[{index}] is {token}; it must be from 0 to {vocab_size - 1}")
+        tensor = torch.tensor(ids, dtype=torch.int64)
+    if not len(tensor):
+        raise ArgumentError("ids is empty; it must hold at least one token")
+    low, high = (int(bound) for bound in torch.aminmax(tensor))
+    if low < 0 or high >= vocab_size:
+        raise ArgumentError(f"ids holds {low if low < 0 else high}; every id must be from 0 to {vocab_size - 1}")
+    return tensor
