@@ -23,8 +23,10 @@ PARAMETERS = {
     "pythia-6.9b": 6_857_302_016,
     "pythia-12b": 11_846_072_320,
     "gpt-neox-20b": 20_554_567_680,
-    "stablelm-alpha-3b": 3_638_525_952,
-    "stablelm-alpha-7b": 7_869_358_080,
+    # The model cards count what every tensor-parallel rank (4 and 2 of them) has a copy of once a rank: norms and the
+    # biases after row-parallel products, 6 vectors in each of 16 layers and 2 at the end.
+    "stablelm-alpha-3b": 3_638_525_952 - 3 * (16 * 6 + 2) * 4096,
+    "stablelm-alpha-7b": 7_869_358_080 - 1 * (16 * 6 + 2) * 6144,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
@@ -40,10 +42,26 @@ PARAMETERS = {
     "smollm-1.7b": 1_711_376_384,
 }
 
+# No parameter count tells how the width is divided into heads.
+HEAD_DIMS = {
+    32: "pythia-14m pythia-31m",
+    64: "pythia-70m pythia-160m pythia-410m llama-3.2-1b tinyllama-1.1b smollm-135m smollm-360m smollm-1.7b",
+    80: "pythia-2.8b redpajama-incite-3b",
+    96: "gpt-neox-20b",
+    128: "pythia-1.4b pythia-6.9b pythia-12b redpajama-incite-7b stablelm-alpha-3b stablelm-alpha-7b llama-2-7b "
+    "llama-2-13b llama-2-70b llama-3-8b llama-3-70b llama-3.1-8b llama-3.1-70b llama-3.2-3b",
+    256: "pythia-1b",
+}
+
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_of_the_published_model(name: str) -> None:
     assert named_shape(name).num_parameters == PARAMETERS[name]
+
+
+def test_head_dims_are_those_of_the_published_models() -> None:
+    wanted = {name: head_dim for head_dim, names in HEAD_DIMS.items() for name in names.split()}
+    assert {name: named_shape(name).head_dim for name in NAMED_SHAPES} == wanted
 
 
 @pytest.mark.parametrize("name", NAMED_SHAPES)

@@ -333,6 +333,18 @@ def test_rotary_tables_equal_those_of_transformers_to_the_bit(name: str) -> None
     assert torch.equal(sin, wanted_sin[0, :, :half]) and torch.equal(sin, wanted_sin[0, :, half:])
 
 
+@pytest.mark.parametrize("name", ROTARY_MODELS)
+def test_float64_rotary_tables_are_exact_functions_of_float32_angles(name: str) -> None:
+    """Rounding an angle of 1e5 to float32 moves it by up to 4e-3: the models run with that, so the truth has it too."""
+    family, options = ROTARY_MODELS[name]
+    model = tiny_model(family, num_hidden_layers=1, **options)
+    rotary = DecoderConfig.from_dict(model.config.to_dict()).rotary
+    positions = torch.tensor([0, 1, 4095, 131_071])
+    angles = (positions[:, None].float() * model.base_model.rotary_emb.inv_freq).double()
+    cos, sin = reference.rotary_tables(rotary, positions, torch.float64)
+    assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
+
+
 def storage_span(tensor: Tensor) -> tuple[int, int]:
     """The storage a tensor is a view of, and where in it the tensor starts."""
     return tensor.untyped_storage().data_ptr(), tensor.data_ptr()
