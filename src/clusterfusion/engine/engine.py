@@ -109,7 +109,7 @@ class Engine:
         """A new, empty session with room for `max_seq_len` tokens. Raises DeviceError where its cache does not fit."""
         cache_bytes = self.config.kv_elements_per_token * self.max_seq_len * self.dtype.itemsize
         require_memory(f"the K/V cache of {self.max_seq_len} tokens", cache_bytes, self.device)
-        return Session(self.weights, self.max_seq_len)
+        return Session(self.weights, self.max_seq_len, self.mode)
 
     def generate(
         self,

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.errors import ArgumentError
+from clusterfusion.errors import ArgumentError, DeviceError, UnsupportedModelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Mode:
     available: bool
 
 
+_KERNELS = "a GPT-NeoX model in 16 bits on an NVIDIA GPU of compute capability 9.0 or newer"
+
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         Mode("reference", "plain PyTorch operations", "any device", available=True),
-        Mode("split", "regular launches, no grid barrier", "compute capability 9.0 or later", available=False),
-        Mode(
-            "fused", "one cooperative launch with clusters a block", "compute capability 9.0 or later", available=False
-        ),
-        Mode("graph", "the fused block in a CUDA graph", "compute capability 9.0 or later", available=False),
-        Mode("model", "one cooperative launch for the whole step", "compute capability 9.0 or later", available=False),
+        Mode("split", "regular launches, no grid barrier", _KERNELS, available=True),
+        Mode("fused", "one cooperative launch with clusters a layer", _KERNELS, available=True),
+        Mode("graph", "the fused layers in a CUDA graph", _KERNELS, available=True),
+        Mode("model", "one cooperative launch for the whole step", _KERNELS, available=False),
     )
 }
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")
@@ -63,6 +63,20 @@ def choose_mode(requested: str, config: DecoderConfig, dtype: torch.dtype, devic
 
 def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """What keeps a mode from running `config`, or None."""
+    if name == "reference":
+        return None
     if not MODES[name].available:
-        return "fused kernels are not part of this version"
+        return f"mode {name!r} is not part of this version"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
+    from clusterfusion.engine.block_decoder import plan_for
+    from clusterfusion.jit.toolchain import find_toolchain
+
+    try:
+        find_toolchain()
+        plan_for(config, device.index)
+    except (DeviceError, UnsupportedModelError) as error:
+        return str(error)
     return None

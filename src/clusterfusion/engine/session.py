@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from clusterfusion import reference
 from clusterfusion.errors import ArgumentError, ContextLengthError
 from clusterfusion.weights import DecoderWeights
 
+if TYPE_CHECKING:
+    from clusterfusion.engine.block_decoder import BlockDecoder
+
 
 class Session:
     """A decoding state over shared weights. Sessions are independent of each other.
@@ -18,8 +22,10 @@ class Session:
     `position` tokens are cached. A call that raises leaves the session as it was. Not safe for several threads at once.
     """
 
-    def __init__(self, weights: DecoderWeights, max_seq_len: int) -> None:
+    def __init__(self, weights: DecoderWeights, max_seq_len: int, mode: str = "reference") -> None:
         self._weights = weights
+        self._mode = mode
+        self._decoder: BlockDecoder | None = None  # made at the first step, over this session's cache
         self._cache = reference.KVCache.allocate(weights.config, max_seq_len, weights.dtype, weights.device)
         self._position = 0
 
@@ -69,7 +75,7 @@ class Session:
 
     def fork(self) -> Session:
         """A second session that goes on from here by itself. Copies the cached tokens' keys and values."""
-        twin = Session(self._weights, self.max_seq_len)
+        twin = Session(self._weights, self.max_seq_len, self._mode)
         twin._cache.k[:, :, : self._position] = self._cache.k[:, :, : self._position]
         twin._cache.v[:, :, : self._position] = self._cache.v[:, :, : self._position]
         twin._position = self._position
@@ -82,7 +88,14 @@ class Session:
                 f"{len(ids)} tokens after {self._position} make {end}; this session has room for {self.max_seq_len} "
                 "(rewind, reset, or load with a larger max_seq_len if the model allows it)"
             )
-        logits = reference.forward(self._weights, ids.to(self._weights.device), self._cache, self._position)
+        if len(ids) == 1 and self._mode != "reference":
+            if self._decoder is None:
+                from clusterfusion.engine.block_decoder import BlockDecoder
+
+                self._decoder = BlockDecoder(self._weights, self._cache, self._mode)
+            logits = self._decoder.step(int(ids), self._position)
+        else:
+            logits = reference.forward(self._weights, ids.to(self._weights.device), self._cache, self._position)
         self._position = end
         return logits
 

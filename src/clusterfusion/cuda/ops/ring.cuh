@@ -1,0 +1,95 @@
+// The ring: a producer lane copies a CTA's tiles into shared memory, in the order of its schedule and far ahead of use;
+// consumer warps take them, tile t going to warp t % kWarps.
+//
+// A stage is always used by the same warp (kStages is a multiple of kWarps), so a warp that waits for its next use of a
+// stage has itself released the use before: its parity wait cannot see an older phase.
+// The window bounds the bytes in flight: messages between CTAs queue behind the stream, and a full ring of requests makes
+// every grid-wide dependency slower than the ring is deep.
+#pragma once
+
+#include "primitives/bulk_copy.cuh"
+#include "primitives/mbarrier.cuh"
+
+namespace clusterfusion {
+
+template <int kStages_, int kStageBytes_, int kWarps_, int kWindow_>
+struct Ring {
+  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWarps = kWarps_, kWindow = kWindow_;
+  static_assert(kStages % kWarps == 0, "a stage belongs to one warp");
+  static_assert(kWindow > 0 && kWindow <= kStages, "the window is part of the ring");
+  static_assert(kStageBytes % 128 == 0, "stages keep the alignment of the ring");
+
+  struct Barriers {
+    cuda::std::uint64_t full[kStages], empty[kStages];
+  };
+
+  static __device__ __forceinline__ void init(Barriers& barriers) {  // one thread; mbarrier_init_fence follows
+    for (int stage = 0; stage < kStages; stage++) {
+      mbarrier_init(&barriers.full[stage], 1);
+      mbarrier_init(&barriers.empty[stage], 1);
+    }
+  }
+};
+
+// One lane's side: begin a tile, issue its copies, go on.
+template <typename Ring>
+class RingProducer {
+ public:
+  __device__ RingProducer(char* stages, typename Ring::Barriers& barriers) : stages_(stages), barriers_(barriers) {}
+
+  // Waits for a free stage and for room in the window; announces `bytes`. Returns where the tile goes.
+  __device__ __forceinline__ char* begin(unsigned bytes) {
+    mbarrier_wait_local(&barriers_.empty[stage_], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
+    if (issued_ >= Ring::kWindow) {
+      mbarrier_wait_local(&barriers_.full[landing_], landing_parity_);
+      if (++landing_ == Ring::kStages) landing_ = 0, landing_parity_ ^= 1;
+    } else {
+      issued_++;
+    }
+    mbarrier_arrive_expect(&barriers_.full[stage_], bytes);
+    return stages_ + stage_ * Ring::kStageBytes;
+  }
+  __device__ __forceinline__ void copy(void* to, const void* from, unsigned bytes) {
+    bulk_copy(to, from, bytes, &barriers_.full[stage_]);
+  }
+  __device__ __forceinline__ void end() {
+    if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
+  }
+
+ private:
+  char* stages_;
+  typename Ring::Barriers& barriers_;
+  int stage_ = 0, landing_ = 0, issued_ = 0;
+  unsigned parity_ = 0, landing_parity_ = 0;
+};
+
+// A warp's side. Every warp walks the same phases; in each it visits its own tiles.
+template <typename Ring>
+class RingConsumer {
+ public:
+  __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp, int lane)
+      : stages_(stages), barriers_(barriers), lane_(lane), stage_(warp), next_(warp) {}
+
+  // Calls visit(tile, data) for this warp's tiles among the next `count` of the schedule; tile counts from 0 here.
+  template <typename Visit>
+  __device__ __forceinline__ void tiles(int count, Visit visit) {
+    const int first = first_;
+    first_ += count;
+    for (; next_ < first + count; next_ += Ring::kWarps) {
+      mbarrier_wait_local(&barriers_.full[stage_], parity_);
+      visit(next_ - first, stages_ + stage_ * Ring::kStageBytes);
+      __syncwarp();
+      if (lane_ == 0) mbarrier_arrive_local(&barriers_.empty[stage_]);
+      stage_ += Ring::kWarps;
+      if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
+    }
+  }
+
+ private:
+  const char* stages_;
+  typename Ring::Barriers& barriers_;
+  int lane_, stage_, next_, first_ = 0;
+  unsigned parity_ = 0;
+};
+
+}  // namespace clusterfusion

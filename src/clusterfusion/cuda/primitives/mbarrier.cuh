@@ -1,0 +1,43 @@
+// mbarrier objects in shared memory, one function an instruction.
+#pragma once
+
+#include <cuda/ptx>
+#include <cuda/std/cstdint>
+
+namespace clusterfusion {
+
+// Clocks after which a wait gives up: about 9 s at 1.98 GHz. A wait that is met takes microseconds.
+constexpr long long kWaitLimitClocks = 1LL << 34;
+
+// One thread sets the number of arrivals that complete a phase; mbarrier_init_fence and a cluster barrier follow.
+__device__ __forceinline__ void mbarrier_init(cuda::std::uint64_t* barrier, unsigned arrivals) {
+  cuda::ptx::mbarrier_init(barrier, arrivals);
+}
+
+// Makes this thread's mbarrier_init visible to the cluster, once a cluster barrier has been passed.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+}
+
+// Arrives at a barrier in any CTA of the cluster (an address from map_shared); releases to the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(cuda::std::uint64_t* mapped_barrier) {
+  cuda::ptx::mbarrier_arrive(
+      cuda::ptx::sem_release, cuda::ptx::scope_cluster, cuda::ptx::space_cluster, mapped_barrier);
+}
+
+// Waits for the phase of parity `parity` of a barrier in this CTA to complete; acquires from the cluster.
+// False when kWaitLimitClocks have passed: the caller reports it, and nothing it waited for may be used.
+// Phase n and phase n + 2 share a parity: the caller must see to it that n + 1 cannot complete before it has left here.
+__device__ __forceinline__ bool mbarrier_wait_cluster(cuda::std::uint64_t* barrier, unsigned parity) {
+  const auto met = [&] {
+    return cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster, barrier, parity);
+  };
+  if (met()) return true;
+  const long long start = clock64();
+  bool done = false;
+  while (!(done = met()) && clock64() - start < kWaitLimitClocks) {
+  }
+  return done;
+}
+
+}  // namespace clusterfusion

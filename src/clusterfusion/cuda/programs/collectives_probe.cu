@@ -1,0 +1,95 @@
+// collectives_probe: runs one collective over given data, many times back to back, so that tests can compare every bit
+// that every rank received. Host twin: jit/collectives_probe.py.
+#include <cuda/std/cstdint>
+
+#include "collectives/cluster_gather.cuh"
+#include "collectives/cluster_reduce.cuh"
+#include "collectives/team.cuh"
+
+namespace clusterfusion {
+
+constexpr int kTeamThreads = 96;       // not a power of two, and less than the longer vectors
+constexpr int kBystanderThreads = 32;  // warps of a PartialTeam's CTA that never take part
+constexpr int kTeamBarrier = 3;
+
+// An associative operator that does not commute: composition of x -> scale * x + offset, modulo 2^32.
+struct Affine {
+  unsigned scale, offset;
+};
+struct Compose {
+  __device__ __forceinline__ Affine operator()(Affine first, Affine second) const {
+    return {first.scale * second.scale, first.offset * second.scale + second.offset};
+  }
+};
+
+enum class TeamKind { whole, partial };
+
+// Makes ranks reach the exchanges at different and changing times, up to skew_ns apart.
+__device__ __forceinline__ void stagger(unsigned rank, int round, unsigned skew_ns) {
+  constexpr unsigned kMix = 2654435761u;  // Knuth's multiplicative hash
+  if (skew_ns != 0) __nanosleep(((rank * 8191u + round) * kMix >> 16) % skew_ns);
+}
+
+// Waits until the whole cluster runs, and calls body(team) for the members of the team.
+template <int kClusterSize, TeamKind kTeam, typename Body>
+__device__ __forceinline__ void with_team(Body body) {
+  if constexpr (kTeam == TeamKind::whole) {
+    cluster_arrive();
+    cluster_wait();
+    WholeTeam<kClusterSize, kTeamThreads> team;
+    body(team);
+  } else {
+    using Team = PartialTeam<kClusterSize, kTeamThreads, kBystanderThreads, kTeamBarrier>;
+    __shared__ typename Team::Scratch scratch;
+    if (threadIdx.x == 0) Team::init(scratch);
+    cluster_arrive();
+    cluster_wait();
+    if (threadIdx.x < kBystanderThreads) return;
+    Team team(scratch);
+    body(team);
+  }
+}
+
+template <TeamKind kTeam>
+constexpr int kProbeThreads = kTeamThreads + (kTeam == TeamKind::partial ? kBystanderThreads : 0);
+
+// in and out: [rounds, clusters, cluster size, kLength], in of T, out of its accumulator. expired counts lost waits.
+template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
+__global__ void __launch_bounds__(kProbeThreads<kTeam>)
+reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+  using Reduce = ClusterReduce<T, kLength, kClusterSize, kExchange, Op>;
+  __shared__ typename Reduce::Scratch scratch;
+  with_team<kClusterSize, kTeam>([&](auto& team) {
+    Reduce reduce(scratch);
+    for (int round = 0; round < rounds; round++) {
+      const cuda::std::int64_t base = (static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x) * kLength;
+      stagger(team.rank(), round, skew_ns);
+      reduce.exchange(team, kLength, [&](int i) { return in[base + i]; });
+      // Read by other threads than those that sent, so that a missing barrier shows.
+      for (int i = team.threads - 1 - team.thread(); i < kLength; i += team.threads) out[base + i] = reduce.result(i);
+    }
+    if (team.expired()) atomicAdd(expired, 1u);
+  });
+}
+
+// in: [rounds, clusters, cluster size, kLength]; out: [rounds, clusters, cluster size, cluster size * kLength].
+template <typename T, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
+__global__ void __launch_bounds__(kProbeThreads<kTeam>)
+gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+  using Gather = ClusterGather<T, kLength, kClusterSize, kExchange>;
+  __shared__ typename Gather::Scratch scratch;
+  with_team<kClusterSize, kTeam>([&](auto& team) {
+    Gather gather(scratch);
+    for (int round = 0; round < rounds; round++) {
+      const cuda::std::int64_t block = static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x;
+      stagger(team.rank(), round, skew_ns);
+      gather.exchange(team, [&](int i) { return in[block * kLength + i]; });
+      for (int i = team.threads - 1 - team.thread(); i < Gather::kTotal; i += team.threads) {
+        out[block * Gather::kTotal + i] = gather.result()[i];
+      }
+    }
+    if (team.expired()) atomicAdd(expired, 1u);
+  });
+}
+
+}  // namespace clusterfusion

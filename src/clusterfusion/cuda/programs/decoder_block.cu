@@ -1,0 +1,30 @@
+// decoder_block: one GPT-NeoX decoder layer at one token, as one cooperative launch with clusters, or cut into segments.
+// Host twin: jit/decoder_block.py. Plan: plan/block.py.
+#include "block/consumer.cuh"
+#include "block/producer.cuh"
+
+namespace clusterfusion {
+
+// Grid: S::kCtas CTAs in clusters of S::kCluster; S::kWarps consumer warps and one producer warp. Segment::whole needs all
+// CTAs resident together. Dynamic shared memory: S::kSharedBytes.
+template <typename S, Segment kSegment>
+__global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(const __grid_constant__ LayerArguments arguments) {
+  extern __shared__ __align__(128) char memory[];
+  using Consumer = BlockConsumer<S, kSegment>;
+  static_assert(sizeof(typename Consumer::Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
+  auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
+  if (threadIdx.x == 0) Consumer::init(shared);
+  if constexpr (S::kCluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  if (threadIdx.x >= S::kThreads) {
+    if (threadIdx.x == S::kThreads) BlockProducer<S, kSegment>(arguments).run(shared.stages, shared.ring);
+  } else {
+    Consumer(arguments, shared).run();
+  }
+}
+
+}  // namespace clusterfusion

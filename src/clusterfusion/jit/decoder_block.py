@@ -1,0 +1,98 @@
+"""Host twin of `cuda/programs/decoder_block.cu`: the instance a plan needs, its arguments, and its prepared launches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Literal
+
+from clusterfusion.jit.compiler import KernelSource
+from clusterfusion.jit.launch import LaunchShape, load_kernel
+from clusterfusion.plan import BlockPlan
+from clusterfusion.plan.block import Segment
+
+PROGRAM = "programs/decoder_block.cu"
+COUNTER_WORDS = 6 * 32
+ERROR_WORDS = 8
+PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
+
+ElementType = Literal["float16", "bfloat16", "float32"]
+_CPP_TYPES: dict[str, str] = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class LayerArguments(ctypes.Structure):
+    """The kernel's struct of the same name, field for field. Addresses are device addresses; None is null."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")),
+        *((name, _POINTER) for name in ("qkv_weight", "qkv_bias", "o_weight", "o_bias")),
+        *((name, _POINTER) for name in ("up_weight", "up_bias", "down_weight", "down_bias")),
+        ("k_cache", _POINTER),
+        ("v_cache", _POINTER),
+        ("head_stride", _INT64),
+        ("token_stride", _INT64),
+        ("cos", _POINTER),
+        ("sin", _POINTER),
+        ("table_stride", _INT64),
+        ("position", _POINTER),
+        ("x", _POINTER),
+        ("out", _POINTER),
+        ("k_new", _POINTER),
+        ("v_new", _POINTER),
+        ("qkv", _POINTER),
+        ("partials", _POINTER),
+        ("middle", _POINTER),
+        ("h", _POINTER),
+        ("counters", _POINTER),
+        ("error", _POINTER),
+        ("eps", ctypes.c_float),
+    )
+
+
+def block_source(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) -> KernelSource:
+    """The fused instance and those of the split form, compiled together."""
+    return KernelSource(PROGRAM, tuple(instance(plan, weight_type, x_type, s) for s in ("whole", *plan.segments)))
+
+
+def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, segment: Segment) -> str:
+    """The C++ name expression of one segment's kernel."""
+    c = plan.config
+    gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
+    numbers = (plan.ctas, plan.cluster_size, plan.splits, plan.warps, plan.stages, plan.stage_bytes, plan.window_stages)
+    shape = ", ".join(
+        (
+            _CPP_TYPES[weight_type],
+            _CPP_TYPES[x_type],
+            *map(str, (c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.rotary.dim)),
+            f"clusterfusion::Gelu::{gelu}",
+            "true" if c.parallel_residual else "false",
+            *map(str, (*numbers, plan.shared_bytes)),
+        )
+    )
+    return f"clusterfusion::decoder_block<clusterfusion::BlockShape<{shape}>, clusterfusion::Segment::{segment}>"
+
+
+def prepare(
+    plan: BlockPlan,
+    weight_type: ElementType,
+    x_type: ElementType,
+    segment: Segment,
+    arguments: LayerArguments,
+    device_index: int,
+) -> Callable[[], None]:
+    """A launch of one segment, to be made as often as wanted, on PyTorch's current stream. `whole` is cooperative.
+
+    Raises DeviceError when the device cannot hold all CTAs of a cooperative launch, CompileError as load_kernel does.
+    """
+    kernel = load_kernel(
+        block_source(plan, weight_type, x_type), instance(plan, weight_type, x_type, segment), device_index
+    )
+    shape = LaunchShape(
+        clusters=plan.ctas // plan.cluster_size,
+        threads=plan.threads,
+        cluster_size=plan.cluster_size,
+        dynamic_shared_bytes=plan.shared_bytes,
+        cooperative=segment == "whole",
+    )
+    return kernel.prepare(shape, arguments)

@@ -1,0 +1,6 @@
+"""Who reads what, in which order, and which buffers exist: immutable data, made and checked without a GPU."""
+
+from clusterfusion.plan.block import BlockPlan, check_plan, plan_block
+from clusterfusion.plan.limits import B200, H200, RTX_5090, PlanLimits
+
+__all__ = ["B200", "H200", "RTX_5090", "BlockPlan", "PlanLimits", "check_plan", "plan_block"]

@@ -1,0 +1,263 @@
+"""The plan of one decoder layer: rows to CTAs, heads to clusters, ring and window; and a check of it.
+
+The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
+R rows, in tiles of whole rows, or of parts of a row that is longer than a stage. Head h belongs to the `splits` CTAs from
+h * splits on, whole clusters, which take its cached tokens tile by tile in turn.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.errors import UnsupportedModelError
+from clusterfusion.plan.limits import PlanLimits
+
+ELEMENT_BYTES = 2  # weights and K/V are 16-bit
+VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
+MAX_HEAD_DIM = 256
+# 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
+CLUSTER_SIZE = 2
+# Consumer warps to choose from, best first where rings are equally deep; fewer only where shared memory is scarce.
+WARPS = (9, 8, 10, 7, 11, 6, 12, 5)
+SCARCE_WARPS = (4, 3, 2)
+# Measured on an H200 with the 2.8B and 6.9B shapes: stages of 8 to 10 KB and about 50 KB in flight are best.
+TARGET_STAGE_BYTES = 10240
+WINDOW_BYTES = 51200
+MAX_STAGES = 64
+BARRIER_BYTES = 16  # of a stage: one mbarrier for full, one for empty
+
+Segment = Literal["whole", "project", "attend", "output", "expand", "contract"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How one launch of the decoder-layer program uses a GPU. Sizes in bytes unless the name says otherwise."""
+
+    config: DecoderConfig
+    limits: PlanLimits
+    ctas: int
+    cluster_size: int
+    splits: int  # CTAs that share a head's cached tokens
+    warps: int  # consumers; one producer warp comes on top
+    stages: int
+    stage_bytes: int
+    window_stages: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return (self.warps + 1) * 32
+
+    @property
+    def merged_ctas(self) -> int:
+        """CTAs whose partial softmax is merged over distributed shared memory."""
+        return 1 if self.splits == 1 else self.cluster_size
+
+    @property
+    def partials_per_head(self) -> int:
+        """Partial results of a head that meet in global memory."""
+        return self.splits // self.merged_ctas
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The launches of the split form, in order."""
+        if self.config.parallel_residual:
+            return ("project", "attend", "output")
+        return ("project", "attend", "output", "expand", "contract")
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory of one context beside weights and K/V: q, k, v, partials, the middle residual, h, counters."""
+        c = self.config
+        floats = 3 * c.hidden_size + c.num_heads * self.partials_per_head * (c.head_dim + 4) + c.hidden_size
+        return 4 * floats + ELEMENT_BYTES * c.intermediate_size + COUNTER_BYTES
+
+    def rows(self, total: int, cta: int) -> range:
+        """The rows of a matrix of `total` rows that a CTA reads."""
+        return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
+
+    def imbalance(self) -> float:
+        """Largest over mean bytes of weights a CTA reads, in the worst phase."""
+        c = self.config
+        totals = (3 * c.hidden_size, c.intermediate_size, c.hidden_size)
+        return max(max(len(self.rows(t, cta)) for cta in range(self.ctas)) * self.ctas / t for t in totals)
+
+
+COUNTER_BYTES = 6 * 32 * 4 + 8 * 4  # six counters on cache lines of their own, and the error record
+
+
+def why_not(config: DecoderConfig) -> str | None:
+    """What keeps the program from running this model, or None."""
+    if config.family != "gpt_neox":
+        return f"the fused kernels run GPT-NeoX models so far, and this is {config.family}"
+    if config.head_dim % VECTOR or config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {config.head_dim}; the kernels need a multiple of {VECTOR} up to {MAX_HEAD_DIM}"
+    if config.intermediate_size % VECTOR:
+        return f"intermediate_size is {config.intermediate_size}; the kernels need a multiple of {VECTOR}"
+    return None
+
+
+def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
+    """A plan that passes check_plan. Raises UnsupportedModelError where the model or the device rules one out."""
+    obstacle = why_not(config)
+    if obstacle:
+        raise UnsupportedModelError(obstacle)
+    ctas = limits.multiprocessors // CLUSTER_SIZE * CLUSTER_SIZE
+    if config.num_heads > ctas:
+        raise UnsupportedModelError(f"{config.num_heads} heads need as many CTAs; {limits.name} holds {ctas}")
+    splits = ctas // config.num_heads
+    if splits > 1:
+        splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
+    row_bytes = config.hidden_size * ELEMENT_BYTES
+    # Few rows a CTA (small models): smaller tiles, so that every warp has one.
+    rows_each = -(-config.hidden_size // ctas)
+    rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // WARPS[0])))
+    token_bytes = 2 * (32 // (config.head_dim // VECTOR)) * config.head_dim * ELEMENT_BYTES  # keys and values at once
+    stage_bytes = _round_up(max(rows_a_tile * row_bytes, token_bytes), 128)
+
+    def fixed(warps: int) -> int:
+        return _fixed_shared_bytes(config, ctas, stage_bytes, warps)
+
+    def stages_with(warps: int) -> int:
+        room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
+        return min(room, MAX_STAGES) // warps * warps
+
+    warps = max(WARPS if any(map(stages_with, WARPS)) else SCARCE_WARPS, key=stages_with)
+    stages = stages_with(warps)
+    if stages <= 0:
+        raise UnsupportedModelError(
+            f"hidden_size {config.hidden_size} needs {fixed(2) + 2 * (stage_bytes + BARRIER_BYTES)} bytes of shared memory "
+            f"a block; {limits.name} has {limits.shared_bytes_per_block}"
+        )
+    plan = BlockPlan(
+        config=config,
+        limits=limits,
+        ctas=ctas,
+        cluster_size=CLUSTER_SIZE,
+        splits=splits,
+        warps=warps,
+        stages=stages,
+        stage_bytes=stage_bytes,
+        window_stages=max(1, min(stages, WINDOW_BYTES // stage_bytes)),
+        shared_bytes=fixed(warps) + stages * (stage_bytes + BARRIER_BYTES),
+    )
+    check_plan(plan)
+    return plan
+
+
+def _fixed_shared_bytes(config: DecoderConfig, ctas: int, stage_bytes: int, warps: int) -> int:
+    """Shared memory beside the ring, in the order of the program's struct, with room for its padding. The program
+    asserts at compile time that its struct fits."""
+    c = config
+    vector = 4 * c.hidden_size
+    vectors = max(2 * vector, vector + _round_up(c.intermediate_size * ELEMENT_BYTES, 16))
+    partial = 4 * (c.head_dim + 4)
+    out_rows = -(-c.hidden_size // ctas) + 1
+    down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
+    attention = 3 * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
+    return vectors + attention + 4 * out_rows * (1 + down_parts) + 512
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One thing a CTA does in the fused launch: read rows of a matrix, arrive at a counter, or wait for one."""
+
+    kind: Literal["read", "arrive", "wait"]
+    name: str
+    rows: range = range(0)
+    target: int = 0
+
+
+def schedule(plan: BlockPlan, cta: int) -> Iterator[Step]:
+    """What a CTA does in the fused launch, in order; consume() in the program does the same."""
+    c = plan.config
+    up = plan.rows(c.intermediate_size, cta)
+    attends = cta < c.num_heads * plan.splits
+    yield Step("read", "qkv", plan.rows(3 * c.hidden_size, cta))
+    yield Step("arrive", "qkv")
+    early = up
+    if c.parallel_residual:
+        tile_rows = max(1, plan.stage_bytes // (c.hidden_size * ELEMENT_BYTES))
+        early = up[: len(up) // 2 // tile_rows * tile_rows]
+        yield Step("read", "up", early)
+    if attends:
+        yield Step("wait", "qkv", target=plan.ctas)
+        if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
+            yield Step("arrive", "attention")
+    if c.parallel_residual:
+        yield Step("read", "up", up[len(early) :])
+        yield Step("arrive", "hidden")
+    yield Step("wait", "attention", target=c.num_heads * plan.partials_per_head)
+    yield Step("read", "o", plan.rows(c.hidden_size, cta))
+    if not c.parallel_residual:
+        yield Step("arrive", "middle")
+        yield Step("wait", "middle", target=plan.ctas)
+        yield Step("read", "up", up)
+        yield Step("arrive", "hidden")
+    yield Step("wait", "hidden", target=plan.ctas)
+    yield Step("read", "down", plan.rows(c.hidden_size, cta))
+
+
+def check_plan(plan: BlockPlan) -> None:
+    """Raise AssertionError with the values unless the plan covers every row once, fits, and cannot deadlock."""
+    c = plan.config
+    _check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
+    _check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
+    _check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
+    _check(c.num_heads * plan.splits <= plan.ctas, "CTAs for every head", plan.splits)
+    _check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one head", plan.splits)
+    _check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
+    _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
+    _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
+    _check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
+    _check_coverage(plan)
+    _check_progress(plan)
+
+
+def _check_coverage(plan: BlockPlan) -> None:
+    c = plan.config
+    sizes = {"qkv": 3 * c.hidden_size, "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
+    read: dict[str, list[range]] = collections.defaultdict(list)
+    for cta in range(plan.ctas):
+        for step in schedule(plan, cta):
+            if step.kind == "read" and step.rows:
+                read[step.name].append(step.rows)
+    for name, size in sizes.items():
+        end = 0
+        for rows in sorted(read[name], key=lambda r: r.start):
+            _check(rows.start == end, f"every row of {name} is read once", rows)
+            end = rows.stop
+        _check(end == size, f"all rows of {name} are read", end)
+
+
+def _check_progress(plan: BlockPlan) -> None:
+    """Runs all CTAs' schedules against one another: all resident, each as far as its waits let it."""
+    counters: collections.Counter[str] = collections.Counter()
+    pending = {cta: collections.deque(schedule(plan, cta)) for cta in range(plan.ctas)}
+    moved = True
+    while pending and moved:
+        moved = False
+        for cta, steps in list(pending.items()):
+            while steps and not (steps[0].kind == "wait" and counters[steps[0].name] < steps[0].target):
+                step = steps.popleft()
+                counters[step.name] += step.kind == "arrive"
+                moved = True
+            if not steps:
+                del pending[cta]
+    _check(not pending, "no deadlock", {cta: steps[0] for cta, steps in list(pending.items())[:3]})
+
+
+def _check(ok: bool, what: str, seen: object) -> None:
+    if not ok:
+        raise AssertionError(f"plan: {what}: {seen}")
