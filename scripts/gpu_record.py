@@ -1,6 +1,6 @@
 """Runs the tests that need a GPU and writes down that they passed, for which sources, on what.
 
-    python3 scripts/gpu_record.py [--output tests/gpu/record.json]
+    python3 scripts/gpu_record.py [--output tests/gpu/record.json] [--processes N]
 
 Continuous integration has no GPU. This record is its evidence: tests/test_gpu_record.py fails as soon as a source that
 decides what runs on the GPU differs from the one the record was made with. The record may be made on another machine
@@ -40,13 +40,16 @@ SOURCES = (
     "src/clusterfusion/engine/**/*",
     "src/clusterfusion/errors.py",
     "src/clusterfusion/jit/**/*",
+    "src/clusterfusion/named_shapes.py",
     "src/clusterfusion/ops.py",
     "src/clusterfusion/ops/**/*",
     "src/clusterfusion/plan/**/*",
+    "src/clusterfusion/random_weights.py",
     "src/clusterfusion/reference.py",
     "src/clusterfusion/seed_api.py",
     "src/clusterfusion/weights.py",
     "tests/gpu/**/*.py",
+    "tests/tiny_models.py",
 )
 
 OLDEST_CAPABILITY = (9, 0)
@@ -159,12 +162,14 @@ def version_facts() -> dict[str, str | None]:
     return facts
 
 
-def run_tests() -> tuple[int, dict[str, dict[str, int]], float]:
+def run_tests(processes: int) -> tuple[int, dict[str, dict[str, int]], float]:
     """pytest's exit status, its counts by file, and the seconds it took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+        if processes > 1:  # kernels compile side by side; needs pytest-xdist
+            options += ["-n", str(processes)]
         status = subprocess.run([sys.executable, *COMMAND[1:], *options], cwd=ROOT, check=False).returncode
         files = count_tests(report.read_text(encoding="utf-8")) if report.exists() else {}
     return status, files, time.monotonic() - began
@@ -173,12 +178,14 @@ def run_tests() -> tuple[int, dict[str, dict[str, int]], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the GPU tests and record that they passed.")
     parser.add_argument("--output", type=Path, default=ROOT / RECORD, help=f"the record (default: {RECORD})")
-    output: Path = parser.parse_args().output
+    parser.add_argument("--processes", type=int, default=1, help="how many run tests at once (default: 1)")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
 
     if reason := why_no_gpu():
         sys.exit(f"gpu_record: {reason}; a record needs an NVIDIA GPU of compute capability 9.0 or newer")
     sources = source_digests(ROOT)
-    status, files, seconds = run_tests()
+    status, files, seconds = run_tests(arguments.processes)
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(COMMAND),

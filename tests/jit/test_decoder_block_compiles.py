@@ -1,0 +1,50 @@
+"""Every kind of decoder-layer instance compiles for three architectures, without a GPU, without spills."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.jit.compiler import compile_program
+from clusterfusion.jit.decoder_block import ElementType, block_source
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.plan import B200, H200, RTX_5090, PlanLimits, plan_block
+
+TANH = dataclasses.replace(named_shape("pythia-160m"), activation="gelu_tanh", parallel_residual=False)
+CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
+    ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
+    ("6.9b in bf16", named_shape("pythia-6.9b"), H200, "sm_90a", "bfloat16", "float32"),
+    ("20b", named_shape("gpt-neox-20b"), H200, "sm_90a", "float16", "float32"),
+    ("14m, fp16 residual", named_shape("pythia-14m"), H200, "sm_90a", "float16", "float16"),
+    ("heads of 256", named_shape("pythia-1b"), H200, "sm_90a", "float16", "float32"),
+    ("sequential", named_shape("redpajama-incite-3b"), H200, "sm_90a", "float16", "float32"),
+    ("2.8b", named_shape("pythia-2.8b"), B200, "sm_100a", "float16", "float32"),
+    ("sequential, tanh, bf16", TANH, B200, "sm_100a", "bfloat16", "float32"),
+    ("2.8b", named_shape("pythia-2.8b"), RTX_5090, "sm_120a", "float16", "float32"),
+    ("12b, three warps", named_shape("pythia-12b"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "limits", "architecture", "weight_type", "x_type"), CASES, ids=[f"{c[3]} {c[0]}" for c in CASES]
+)
+def test_compiles_without_spills(
+    name: str,
+    config: DecoderConfig,
+    limits: PlanLimits,
+    architecture: str,
+    weight_type: ElementType,
+    x_type: ElementType,
+) -> None:
+    """Compiling also checks that the shared memory the plan allots is enough: the program asserts it."""
+    plan = plan_block(config, limits)
+    program = compile_program(block_source(plan, weight_type, x_type), architecture)
+    assert len(program.resources) == 1 + len(plan.segments)
+    for instance, used in program.resources.items():
+        assert used.spill_store_bytes == used.spill_load_bytes == 0, instance
+        assert used.stack_bytes == 0, instance
+        assert -(-used.registers // 8) * 8 * plan.threads <= 65536, f"{instance} would not launch"
+        assert used.static_shared_bytes == 0, "all of it is dynamic"
+    assert plan.shared_bytes <= limits.shared_bytes_per_block
