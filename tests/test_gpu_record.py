@@ -172,7 +172,7 @@ def pretend(
 ) -> None:
     """Stand in for the GPU and for pytest's run on it."""
     monkeypatch.setattr(gpu_record, "why_no_gpu", lambda: reason)
-    monkeypatch.setattr(gpu_record, "run_tests", lambda: (status, files, 1.0))
+    monkeypatch.setattr(gpu_record, "run_tests", lambda processes: (status, files, 1.0))
     monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "a GPU"})
     monkeypatch.setattr(gpu_record, "version_facts", dict)
     monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(folder / "record.json")])
