@@ -55,7 +55,7 @@ constexpr int kProbeThreads = kTeamThreads + (kTeam == TeamKind::partial ? kByst
 
 // in and out: [rounds, clusters, cluster size, kLength], in of T, out of its accumulator. expired counts lost waits.
 template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
-__global__ void __launch_bounds__(kProbeThreads<kTeam>)
+__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
 reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
   using Reduce = ClusterReduce<T, kLength, kClusterSize, kExchange, Op>;
   __shared__ typename Reduce::Scratch scratch;
@@ -74,7 +74,7 @@ reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigne
 
 // in: [rounds, clusters, cluster size, kLength]; out: [rounds, clusters, cluster size, cluster size * kLength].
 template <typename T, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
-__global__ void __launch_bounds__(kProbeThreads<kTeam>)
+__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
 gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
   using Gather = ClusterGather<T, kLength, kClusterSize, kExchange>;
   __shared__ typename Gather::Scratch scratch;
