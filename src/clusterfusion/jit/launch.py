@@ -54,15 +54,15 @@ class LoadedKernel:
         Raises ArgumentError for an argument without a fixed width; DeviceError for a shape that does not fit.
         """
         import torch
-        from cuda.core import launch
+        from cuda.core import Stream, launch
 
         if shape.clusters == 0:
             return
         values = [_kernel_argument(self.instance, argument) for argument in arguments]
         with torch.cuda.device(self.device_index):
             self._prepare(shape)
-            stream = torch.cuda.current_stream(self.device_index)
-            launch(_StreamHandle(stream.cuda_stream), _config(shape), self._handle, *values)
+            stream = Stream.from_handle(torch.cuda.current_stream(self.device_index).cuda_stream)
+            launch(stream, _config(shape), self._handle, *values)
 
     def prepare(self, shape: LaunchShape, arguments: ctypes.Structure) -> Callable[[], None]:
         """A launch with one struct passed by value, to be repeated at little cost, also while a graph is captured.
@@ -168,16 +168,6 @@ def _load_program(source: KernelSource, architecture: str) -> tuple[CompiledProg
 
     program = default_cache().get(source, architecture)
     return program, ObjectCode.from_cubin(program.cubin, name=source.program)
-
-
-@dataclass(frozen=True)
-class _StreamHandle:
-    """A CUstream in the form that cuda.core takes from other libraries."""
-
-    address: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.address
 
 
 def _config(shape: LaunchShape) -> Any:

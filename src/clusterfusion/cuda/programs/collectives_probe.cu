@@ -53,13 +53,19 @@ __device__ __forceinline__ void with_team(Body body) {
 template <TeamKind kTeam>
 constexpr int kProbeThreads = kTeamThreads + (kTeam == TeamKind::partial ? kBystanderThreads : 0);
 
-// in and out: [rounds, clusters, cluster size, kLength], in of T, out of its accumulator. expired counts lost waits.
-template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
-__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
-reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+// What the members of a team do; functors, because NVRTC 13.0 takes a generic lambda for a host function.
+template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange>
+struct ReduceRounds {
   using Reduce = ClusterReduce<T, kLength, kClusterSize, kExchange, Op>;
-  __shared__ typename Reduce::Scratch scratch;
-  with_team<kClusterSize, kTeam>([&](auto& team) {
+  typename Reduce::Scratch& scratch;
+  const T* in;
+  Accumulator<T>* out;
+  unsigned* expired;
+  int rounds;
+  unsigned skew_ns;
+
+  template <typename Team>
+  __device__ void operator()(Team& team) const {
     Reduce reduce(scratch);
     for (int round = 0; round < rounds; round++) {
       const cuda::std::int64_t base = (static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x) * kLength;
@@ -69,16 +75,21 @@ reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigne
       for (int i = team.threads - 1 - team.thread(); i < kLength; i += team.threads) out[base + i] = reduce.result(i);
     }
     if (team.expired()) atomicAdd(expired, 1u);
-  });
-}
+  }
+};
 
-// in: [rounds, clusters, cluster size, kLength]; out: [rounds, clusters, cluster size, cluster size * kLength].
-template <typename T, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
-__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
-gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+template <typename T, int kLength, int kClusterSize, Exchange kExchange>
+struct GatherRounds {
   using Gather = ClusterGather<T, kLength, kClusterSize, kExchange>;
-  __shared__ typename Gather::Scratch scratch;
-  with_team<kClusterSize, kTeam>([&](auto& team) {
+  typename Gather::Scratch& scratch;
+  const T* in;
+  T* out;
+  unsigned* expired;
+  int rounds;
+  unsigned skew_ns;
+
+  template <typename Team>
+  __device__ void operator()(Team& team) const {
     Gather gather(scratch);
     for (int round = 0; round < rounds; round++) {
       const cuda::std::int64_t block = static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x;
@@ -89,7 +100,25 @@ gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, i
       }
     }
     if (team.expired()) atomicAdd(expired, 1u);
-  });
+  }
+};
+
+// in and out: [rounds, clusters, cluster size, kLength], in of T, out of its accumulator. expired counts lost waits.
+template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
+__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
+reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+  using Rounds = ReduceRounds<T, Op, kLength, kClusterSize, kExchange>;
+  __shared__ typename Rounds::Reduce::Scratch scratch;
+  with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
+}
+
+// in: [rounds, clusters, cluster size, kLength]; out: [rounds, clusters, cluster size, cluster size * kLength].
+template <typename T, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
+__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
+gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+  using Rounds = GatherRounds<T, kLength, kClusterSize, kExchange>;
+  __shared__ typename Rounds::Gather::Scratch scratch;
+  with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
 }
 
 }  // namespace clusterfusion

@@ -24,6 +24,12 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(cons
     if (threadIdx.x == S::kThreads) BlockProducer<S, kSegment>(arguments).run(shared.stages, shared.ring);
   } else {
     Consumer(arguments, shared).run();
+    // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
+    // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.
+    if constexpr (S::kCluster > 1) {
+      cluster_arrive();
+      cluster_wait();
+    }
   }
 }
 
