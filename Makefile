@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT ?= It was a fine morning, and
+export PROMPT ?= It was a fine morning, and
 # Handed to pytest: `make test PYTEST_ARGS="-k rotary -n 0"`.
 PYTEST_ARGS ?=
 # Two processes of one thread each: 82 s against 150 s for one process of two threads, on 2 cores.
@@ -29,7 +29,8 @@ setup: ## make .venv with everything needed; does nothing when it is up to date
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 demo: setup ## generate text with the small model inside the package (PROMPT="...")
-	@$(BIN)/clusterfusion generate demo --prompt "$(PROMPT)" -n 260 --temperature 0.6 --seed 1
+	@echo "the demo model goes on after: $$PROMPT"; echo
+	@$(BIN)/clusterfusion generate demo --prompt "$$PROMPT" -n 260 --temperature 0.6 --seed 1
 
 test: setup lint ## lint, check types, run the tests (those marked gpu are skipped without one)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
@@ -60,4 +61,4 @@ gpu-record: gpu-python ## run them and write tests/gpu/record.json, the evidence
 
 clean: ## remove .venv, caches and build products
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

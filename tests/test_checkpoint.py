@@ -130,6 +130,16 @@ def test_transformers_model_is_shared_not_copied() -> None:
     assert not torch.equal(logits(weights), before), "a change of the model's parameters does not show"
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_loaded_model_does_not_depend_on_the_file(tmp_path: Path, form: str) -> None:
+    save_in_form(tiny_gpt_neox(), tmp_path, form)
+    weights = load(tmp_path)
+    before = logits(weights)
+    for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]:
+        file.write_bytes(b"\0" * file.stat().st_size)  # in place, as copying over it does
+    assert torch.equal(logits(weights), before)
+
+
 # -- what can be wrong ------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +215,7 @@ def test_missing_shard_and_misplaced_tensor(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no.such.tensor is missing from"):
         load(tmp_path)
     index.write_text(json.dumps({"weight_map": raw["weight_map"] | {name: "../outside.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"outside.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"lies in '../outside.safetensors'; it must be a file beside the index"):
         load(tmp_path)
     index.write_text(json.dumps(raw))
     (tmp_path / shard).unlink()

@@ -28,6 +28,7 @@ _REBUILT = re.compile(
 )
 _ALIASES = {"embed_out.weight": LM_HEAD}
 _MOST_COMPLAINTS = 5
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,16 @@ def read_eos_token_ids(folder: Path, config: DecoderConfig) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if path.is_file():
         value = _read_json(path).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if ids and all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            return tuple(ids)
+        return check_eos_token_ids(value, f"eos_token_id in {path}") or config.eos_token_ids
     return config.eos_token_ids
+
+
+def check_eos_token_ids(value: object, where: str) -> tuple[int, ...]:
+    """A token id, a list of them, or None, as a tuple. Raises CheckpointError for anything else."""
+    ids = tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{where} is {value!r}; it must be a token id, a list of them, or null")
+    return tuple(i for i in ids if i >= 0)
 
 
 def load_folder(
@@ -82,7 +89,8 @@ def load_folder(
             except Exception as error:  # the file is mapped lazily: damage shows at the read
                 raise CheckpointError(f"{entry.name} in {entry.file} cannot be read: {error}") from error
             _check_finite(host, entry.name, str(entry.file))
-            tensors[name] = host.to(device=device, dtype=target)
+            # Always a copy: files are mapped, and whoever rewrites one later must not change or crash a loaded model.
+            tensors[name] = host.to(device=device, dtype=target, copy=True).contiguous()
             on_bytes(tensors[name].nbytes)
     _check_tied(config, tensors, str(folder))
     return assemble(config, tensors)
@@ -156,11 +164,14 @@ def locate(model: str) -> Path:
     Raises CheckpointError saying what was looked for, and where.
     """
     path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if model and path.exists():
-        raise CheckpointError(f"{model!r} is a file; a checkpoint is a folder with config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+    try:
+        if model and path.is_dir():
+            return path
+        if model and path.exists():
+            raise CheckpointError(f"{model!r} is a file; a checkpoint is a folder with config.json and the weights")
+    except OSError as error:
+        raise CheckpointError(f"model of {len(model)} characters is no folder's name: {error.strerror}") from error
+    if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model!r} is neither a folder here nor a hub id of the form owner/name")
     repo_id, _, revision = model.partition("@")
     return _download(repo_id, revision or None)
@@ -206,8 +217,10 @@ def _open_shards(index: Path, open_file: Callable[[Path], Iterator[StoredTensor]
     entries: list[StoredTensor] = []
     for shard in sorted(set(weight_map.values())):
         path = index.parent / shard
-        if path.parent != index.parent or not path.is_file():
-            names = [name for name, file in weight_map.items() if file == shard]
+        names = [name for name, file in weight_map.items() if file == shard]
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} says that {names[0]} lies in {shard!r}; it must be a file beside the index")
+        if not _is_file(path):
             raise CheckpointError(f"{path} is missing; {index.name} says it holds {names[0]} and {len(names) - 1} more")
         entries += open_file(path)
     held = {entry.name for entry in entries}
@@ -215,6 +228,13 @@ def _open_shards(index: Path, open_file: Callable[[Path], Iterator[StoredTensor]
         if name not in held:
             raise CheckpointError(f"{name} is missing from {index.parent / shard}, where {index.name} says it lies")
     return entries
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the system
+        return False
 
 
 def _open_safetensors(path: Path, files: contextlib.ExitStack) -> Iterator[StoredTensor]:
@@ -235,17 +255,24 @@ def _open_safetensors(path: Path, files: contextlib.ExitStack) -> Iterator[Store
 def _open_pickle(path: Path) -> Iterator[StoredTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # truncated zip, foreign pickle, old format
+    except Exception:  # truncated zip, foreign pickle, or the old format, which cannot be mapped
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{path} is not a readable PyTorch weights file: {reason}") from error
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            printable = "".join(c if c.isprintable() else "?" for c in reason)
+            raise CheckpointError(f"{path} is not a readable PyTorch weights file: {printable}") from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds {type(state).__name__}; it must hold a mapping of names to tensors")
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds a tensor under {name!r}; tensors are named by strings")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name} in {path} is {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"{name} in {path} is {tensor.layout} on {tensor.device}; it must be dense, with values"
+            )
         yield StoredTensor(name, path, tuple(tensor.shape), str(tensor.dtype), functools.partial(_itself, tensor))
 
 
@@ -289,7 +316,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or absurd numbers
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; it must hold an object")

@@ -32,7 +32,8 @@ class KVCache:
     def allocate(cls, config: DecoderConfig, max_len: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
         """A cache with room for `max_len` tokens: config.kv_elements_per_token elements of `dtype` for each."""
         shape = (config.num_layers, config.num_kv_heads, max_len, config.head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        with torch.inference_mode(False):  # written in place later, in whatever mode the caller is in then
+            return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def max_len(self) -> int:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_gpt_neox, tiny_llama, tiny_model
@@ -166,7 +167,7 @@ def test_bad_arguments_are_refused_at_the_call(engine: Engine, arguments: dict[s
         ({}, ArgumentError, "neither was given"),
         ({"model": "demo", "random_weights": "pythia-14m"}, ArgumentError, "both was given"),
         ({"mode": "warp"}, ArgumentError, "mode is 'warp'; it must be 'auto' or one of"),
-        ({"mode": "model"}, ArgumentError, "mode 'model' cannot run here"),
+        ({"mode": "model"}, ArgumentError, "mode is 'model', which cannot run here"),
         ({"dtype": "int8"}, ArgumentError, "dtype is 'int8'"),
         ({"device": "tpu"}, ArgumentError, "device is 'tpu'"),
         ({"device": "mps"}, ArgumentError, "device is 'mps'"),
@@ -193,6 +194,55 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pyt
     monkeypatch.setattr("clusterfusion.engine.memory.free_bytes", lambda device: 10**9)
     with pytest.raises(DeviceError, match=r"needs 82.2 GB on cpu, where 1.0 GB are free"):
         clusterfusion.load(random_weights="gpt-neox-20b", device="cpu")
+
+
+def test_numpy_and_torch_numbers_are_numbers(engine: Engine) -> None:
+    wanted = engine.generate(IDS, 6, temperature=0.5, top_k=9, seed=3).token_ids
+    got = engine.generate(
+        np.array(IDS), np.int64(6), temperature=np.float32(0.5), top_k=torch.tensor(9), seed=np.int32(3)
+    )
+    assert got.token_ids == wanted
+
+
+def test_extreme_sampling_options_still_sample(engine: Engine) -> None:
+    greedy = engine.generate(IDS, 6).token_ids
+    for options in ({"temperature": 1e-300}, {"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-320}):
+        assert engine.generate(IDS, 6, seed=1, **options).token_ids == greedy
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    model = tiny_gpt_neox()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    engine = clusterfusion.load(model)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(DeviceError, match="logits are not finite"):
+            engine.generate(IDS, 5, temperature=temperature)
+
+
+def test_a_session_that_failed_is_not_used_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = engine.generate(IDS, 5).token_ids
+    (failed,) = engine._idle
+
+    def fail(token: int) -> torch.Tensor:
+        raise DeviceError("a step gave up")
+
+    monkeypatch.setattr(failed, "step", fail)
+    with pytest.raises(DeviceError, match="gave up"):
+        engine.generate(IDS, 5)
+    assert engine.generate(IDS, 5).token_ids == wanted
+
+
+def test_inference_mode_leaves_nothing_behind(engine: Engine) -> None:
+    with torch.inference_mode():
+        inside = engine.generate(IDS, 5).token_ids
+    assert engine.generate(IDS, 5).token_ids == inside
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    engine = clusterfusion.load("demo", device="cpu")
+    with pytest.raises(ArgumentError, match="lone surrogate at 1"):
+        engine.generate("a\ud800", 3)
 
 
 def test_auto_says_why() -> None:

@@ -99,7 +99,7 @@ def test_past_the_end_of_the_context(engine: Engine) -> None:
     ("ids", "match"),
     [
         ([], "ids is empty"),
-        ([1, 97], r"ids\[1\] is 97; it must be from 0 to 96"),
+        ([1, 97], r"ids\[1\] is 97; it must be an int from 0 to 96"),
         ([-1], r"ids\[0\] is -1"),
         ([1, 2.0], r"ids\[1\] is 2.0"),
         ([True], r"ids\[0\] is True"),

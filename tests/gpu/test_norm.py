@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import clusterfusion
+import clusterfusion.ops
 from clusterfusion.errors import ArgumentError
+from clusterfusion.jit.cluster_norm import ClusterNorm, choose_cluster_norm
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -123,3 +127,42 @@ def test_special_values() -> None:
     out = clusterfusion.layer_norm(broken, weight, None, 1e-5)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
+
+
+def test_an_unaligned_base_takes_the_scalar_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both instances see the same values, so that only the widths of their loads differ."""
+    widths = []
+
+    def noted(*arguments: Any, **options: Any) -> ClusterNorm:
+        chosen = choose_cluster_norm(*arguments, **options)
+        widths.append(chosen.vector_width)
+        return chosen
+
+    monkeypatch.setattr(clusterfusion.ops, "choose_cluster_norm", noted)
+    for dtype in DTYPES:
+        x, weight, bias = row_data(dtype, 3, 2560)
+        shifted = torch.empty(3 * 2560 + 1, dtype=dtype, device=GPU)[1:].view(3, 2560)
+        shifted.copy_(x)
+        spaced = torch.full((3, 2560 + 1), torch.nan, dtype=dtype, device=GPU)[:, :2560]
+        spaced.copy_(x)
+        widths.clear()
+        aligned, unaligned, uneven = (
+            clusterfusion.layer_norm(rows, weight, bias, 1e-5) for rows in (x, shifted, spaced)
+        )
+        assert widths == [16 // x.element_size(), 1, 1]
+        assert torch.equal(unaligned, uneven)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(unaligned, aligned, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("hidden", [hidden for hidden in HIDDEN if hidden >= 128])
+@pytest.mark.parametrize(("cluster_size", "exchange"), FORMS)
+def test_float32_mean_error_is_at_most_pytorchs(cluster_size: int, exchange: str, hidden: int) -> None:
+    options = {"cluster_size": cluster_size, "exchange": exchange}
+    for mean in (0.5, 1000.0):
+        x, weight, bias = row_data(torch.float32, 133, hidden, mean)
+        exact = F.layer_norm(x.double(), (hidden,), weight.double(), bias.double(), 1e-5)
+        ours = clusterfusion.layer_norm(x, weight, bias, 1e-5, **options)  # type: ignore[arg-type]
+        theirs = F.layer_norm(x, (hidden,), weight, bias, 1e-5)
+        our_error, their_error = ((got.double() - exact).abs().mean().item() for got in (ours, theirs))
+        assert our_error <= their_error, f"mean of x {mean}: {our_error:.3e}, PyTorch {their_error:.3e}"

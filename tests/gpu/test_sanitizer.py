@@ -14,6 +14,26 @@ pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
+COLLECTIVES = """
+import ctypes
+import torch
+from clusterfusion.jit.collectives_probe import CollectivesProbe, probe_source
+from clusterfusion.jit.launch import load_kernel
+probes = [
+    CollectivesProbe("float32", 100, size, exchange, "{team}", operator)
+    for size, exchange in ((1, "direct"), (2, "tree"), (8, "direct"), (8, "tree"))
+    for operator in ("sum", None)
+]
+for probe in probes:
+    data = torch.randn(3, 2, probe.cluster_size, 100, device="cuda")
+    width = 100 if probe.operator else 100 * probe.cluster_size
+    out = torch.full((3, 2, probe.cluster_size, width), torch.nan, device="cuda")
+    expired = torch.zeros(1, dtype=torch.int32, device="cuda")
+    kernel = load_kernel(probe_source(probes), probe.instance, 0)
+    kernel.launch(probe.launch_shape(2), data, out, expired, ctypes.c_int32(3), ctypes.c_uint32(0))
+    assert out.isfinite().all() and expired.item() == 0, probe
+"""
+
 WORKLOADS = {
     "norms": """
 import torch, clusterfusion
@@ -24,6 +44,8 @@ for hidden in (7, 224):
         assert clusterfusion.layer_norm(x, w, w, 1e-5, cluster_size=size, exchange=exchange).isfinite().all()
         assert clusterfusion.rms_norm(x, w, 1e-6, cluster_size=size, exchange=exchange).isfinite().all()
 """,
+    "collectives of a whole team": COLLECTIVES.format(team="whole"),
+    "collectives of a partial team": COLLECTIVES.format(team="partial"),
     "decoder layer": """
 import sys
 sys.path.insert(0, "tests")
@@ -47,9 +69,14 @@ for options in ({}, {"use_parallel_residual": False, "rotary_pct": 1.0}, {"hidde
         ("norms", "memcheck"),
         ("norms", "racecheck"),
         ("norms", "synccheck"),
+        ("collectives of a whole team", "memcheck"),
+        ("collectives of a whole team", "racecheck"),
+        ("collectives of a whole team", "synccheck"),
+        ("collectives of a partial team", "memcheck"),
+        ("collectives of a partial team", "synccheck"),
         ("decoder layer", "memcheck"),
         ("decoder layer", "synccheck"),
-        # Not racecheck: see lab/decoder_block.md, "What racecheck says".
+        # Not racecheck of a PartialTeam, which the decoder layer is made of: see lab/decoder_block.md, "What racecheck says".
     ],
 )
 def test_nothing_is_reported(workload: str, tool: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import shutil
 import subprocess
@@ -63,25 +63,43 @@ def test_memory_then_disk(root: Path, folder: Path) -> None:
     assert not list(folder.glob("*.new")), "unfinished entries were left behind"
 
 
-def compile_in_a_process(root: Path, folder: Path, start: float, queue: multiprocessing.Queue[object]) -> None:
-    time.sleep(max(0.0, start - time.time()))
-    cache = ProgramCache(folder)
-    program = cache.get(SOURCE, ARCHITECTURE, root)
-    queue.put((counts(cache), program.cubin))
+_COMPILE = """
+import dataclasses, hashlib, json, sys
+from pathlib import Path
+from clusterfusion.jit.cache import ProgramCache
+from clusterfusion.jit.compiler import KernelSource
+from clusterfusion.jit.toolchain import find_toolchain
+find_toolchain()
+cache = ProgramCache(Path(sys.argv[2]))
+print("ready", flush=True)
+sys.stdin.readline()
+program = cache.get(KernelSource("scale.cu", ("scale",)), "sm_90a", Path(sys.argv[1]))
+print(json.dumps([dataclasses.astuple(cache.statistics), hashlib.sha256(program.cubin).hexdigest()]))
+"""
 
 
 def test_two_processes_at_once_compile_once(root: Path, folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue: multiprocessing.Queue[object] = context.Queue()
-    start = time.time() + 8  # both have imported everything by then
-    processes = [context.Process(target=compile_in_a_process, args=(root, folder, start, queue)) for _ in range(2)]
+    environment = os.environ | {"PYTHONPATH": str(Path(caching.__file__).parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _COMPILE, str(root), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:  # both have imported everything: they start within microseconds
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
     for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert sorted(result[0] for result in results) == [(0, 0, 1, 0), (0, 1, 0, 0)]  # type: ignore[index]
-    assert results[0][1] == results[1][1]  # type: ignore[index]
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert sorted(statistics for statistics, _ in results) == [[0, 0, 1, 0], [0, 1, 0, 0]]
+    assert results[0][1] == results[1][1]
 
 
 @pytest.mark.parametrize("file", ["program.cubin", "entry.json"])

@@ -56,6 +56,28 @@ def test_norms_compile_without_spills(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_most_scalars_a_thread_compile_without_spills(architecture: str) -> None:
+    """Unaligned rows of 16,384 in one CTA: the instances with the fewest registers to spare."""
+    instances = tuple(
+        choose_cluster_norm(norm, 16384, x_type, weight_type, x_type, 1, "direct", aligned=False).instance  # type: ignore[arg-type]
+        for norm in ("layer_norm", "rms_norm")
+        for x_type, weight_type in (("float16", "float16"), ("float32", "float32"), ("bfloat16", "float32"))
+    )
+    assert all(instance.endswith("512, 32, 1>") for instance in instances)
+    for instance, used in compile_program(KernelSource(PROGRAM, instances), architecture).resources.items():
+        assert used.spill_store_bytes == used.spill_load_bytes == used.stack_bytes == 0, (instance, used)
+        assert 0 < used.registers <= MOST_NORM_REGISTERS, (instance, used)
+
+
+def test_every_program_is_compiled_by_a_test() -> None:
+    """A new program needs its test here, or a file of its own beside this one."""
+    here = {"cluster_norm", "collectives_probe"}
+    beside = {path.name.removeprefix("test_").removesuffix("_compiles.py") for path in Path(__file__).parent.iterdir()}
+    for program in (CUDA_ROOT / "programs").glob("*.cu"):
+        assert program.stem in here | beside, f"no test compiles {program.name}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_collectives_compile_without_spills(architecture: str) -> None:
     probes = [
         CollectivesProbe("float16", PROBE_LENGTH, size, exchange, team, operator)  # type: ignore[arg-type]

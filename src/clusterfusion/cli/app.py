@@ -58,7 +58,10 @@ def main() -> NoReturn:
         status = app(args=arguments, prog_name="clusterfusion", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _fail(f"cannot go on: {error.strerror or error}")
+        # The reader of our output went away, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
     except Exception as error:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A hub id (owner/name), a checkpoint folder, or 'demo'.")],
-    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt.", show_default=False)] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
+    ],
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")] = None,
     file: Annotated[str | None, typer.Option("--file", "-f", help="Read the prompt from a file; - for stdin.")] = None,
     max_new_tokens: Annotated[
@@ -44,9 +46,12 @@ def generate(
         prompt_text, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ())
     )
     if as_json:
-        for _ in stream:
-            pass
-        typer.echo(json.dumps(describe(engine, prompt_text, stream.result), ensure_ascii=False))
+        try:
+            for _ in stream:
+                pass
+        finally:  # also after Ctrl-C: what came is not lost
+            if stream.result.token_ids:
+                typer.echo(json.dumps(describe(engine, prompt_text, stream.result)))
         return
     try:
         for piece in stream:
@@ -66,7 +71,7 @@ def read_prompt(argument: str | None, option: str | None, file: str | None) -> s
         raise ArgumentError(f"the prompt was given {len(given)} times ({', '.join(given)}); give it once")
     if argument is not None or option is not None:
         return argument if argument is not None else option or ""
-    if file is None and sys.stdin.isatty():
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ArgumentError("there is no prompt: give it as an argument, with --file FILE, or on stdin")
     if file is None or file == "-":
         return _decode(sys.stdin.buffer.read(), "stdin")

@@ -51,7 +51,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             f"{c.step_parameters * BYTES_PER_ELEMENT / 1e9:.3f}",
             f"{c.kv_elements_per_token * BYTES_PER_ELEMENT / 1024:.0f}",
         )
-    console = Console(width=max(Console().width, 92))  # the table whole, whatever the terminal
+    console = Console(width=max(Console().width, 120))  # the table whole, whatever the terminal
     console.print(table)
     console.print(
         "heads: query/key-value x dimension; GB/token: weights a decode step reads; KV KB: cache a token adds (16 bits)",

@@ -7,6 +7,7 @@ position are read from device memory.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -28,8 +29,9 @@ from clusterfusion.jit.device import architecture_of, device_limits
 from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
 from clusterfusion.weights import DecoderWeights, LayerWeights
 
-_DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual")
+_DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")
 _ALIGNMENT = 16  # bytes; bulk copies need it
+_CAPTURE_LOCK = threading.Lock()
 
 
 def plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
@@ -46,6 +48,7 @@ class BlockDecoder:
     [max_len, rotary_dim / 2], and in graph mode the logits.
     """
 
+    @torch.inference_mode(False)  # its buffers are written in place later, in whatever mode the caller is in then
     def __init__(self, weights: DecoderWeights, cache: reference.KVCache, mode: str) -> None:
         self.plan = plan_for(weights.config, weights.device.index)
         self._weights = weights
@@ -53,6 +56,7 @@ class BlockDecoder:
         self._mode = mode
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None
+        _require_dense_cache(cache)
         config, device = weights.config, weights.device
         positions = torch.arange(cache.max_len, device=device)
         self._cos, self._sin = reference.rotary_tables(config.rotary, positions, torch.float32)
@@ -70,22 +74,28 @@ class BlockDecoder:
             "counters": torch.zeros(COUNTER_WORDS, dtype=torch.int32, device=device),
         }
         # In host memory that the GPU writes to: looking for an error costs no synchronisation.
-        self._error = torch.zeros(ERROR_WORDS, dtype=torch.int32).pin_memory()
+        self._error = torch.zeros(ERROR_WORDS, dtype=torch.int32, device="cpu", pin_memory=True)
         self._launches = [launch for i, layer in enumerate(weights.layers) for launch in self._prepare(i, layer)]
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def step(self, token: int, position: int) -> Tensor:
         """Logits [vocab], float32, after `token` at `position`; its keys and values go into the cache.
 
         Raises DeviceError when an earlier step of this decoder failed on the GPU.
         """
-        self._check_error()
+        self.check_error()
+        with torch.cuda.device(self._weights.device):
+            return self._step(token, position)
+
+    def _step(self, token: int, position: int) -> Tensor:
         self._token.fill_(token)
         self._position.fill_(position)
         if self._mode != "graph":
             return self._run()
         if self._graph is None:
-            return self._capture()
+            with _CAPTURE_LOCK:  # entering a capture synchronises the device, which another capture forbids
+                return self._capture()
         self._graph.replay()
         assert self._graph_logits is not None
         return self._graph_logits.clone()
@@ -147,7 +157,8 @@ class BlockDecoder:
         device_index = self._weights.device.index
         return [prepare(self.plan, dtype, "float32", segment, arguments, device_index) for segment in segments]
 
-    def _check_error(self) -> None:
+    def check_error(self) -> None:
+        """Raise DeviceError if a step that has ended on the GPU gave up waiting. Costs nothing but a look."""
         which, cta, expected, seen, *_ = self._error.tolist()
         if which:
             raise DeviceError(
@@ -156,10 +167,26 @@ class BlockDecoder:
             )
 
 
+def _require_dense_cache(cache: reference.KVCache) -> None:
+    for tensor in (cache.k, cache.v):
+        strides = tensor.stride()
+        dense = strides[3] == 1 and all(stride * tensor.element_size() % _ALIGNMENT == 0 for stride in strides[:3])
+        if not dense or strides != cache.k.stride() or tensor.data_ptr() % _ALIGNMENT:
+            raise UnsupportedModelError(
+                f"a K/V cache of strides {strides} cannot be streamed: heads must be dense, all strides multiples of "
+                f"{_ALIGNMENT} bytes, keys and values alike"
+            )
+
+
 def _address(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
     address = tensor.data_ptr()
+    if not tensor.is_contiguous():
+        raise UnsupportedModelError(
+            f"a weight tensor of shape {list(tensor.shape)} has strides {tensor.stride()}; the kernels read dense rows: "
+            "use mode='reference', or make it contiguous"
+        )
     if address % _ALIGNMENT:
         raise UnsupportedModelError(
             f"a weight tensor of shape {list(tensor.shape)} lies at an address that is no multiple of {_ALIGNMENT} bytes; "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.engine.arguments import as_int
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import ModeChoice
 from clusterfusion.engine.sampling import Sampler, SamplingOptions
@@ -125,8 +126,8 @@ class Engine:
         """Generate after `prompt`, text or token ids. Greedy unless `temperature` > 0; see SamplingOptions.
 
         Ends at an end-of-sequence token, before a stop string, or after `max_new_tokens` (None: 128, or what fits).
-        Raises ArgumentError for unusable arguments and ContextLengthError when prompt and new tokens do not fit
-        `max_seq_len`; both before anything is computed.
+        Raises ArgumentError for unusable arguments and ContextLengthError when prompt and new tokens together do not
+        fit `max_seq_len`; both before anything is computed.
         """
         stream = self._stream(
             prompt, max_new_tokens, SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed), stop
@@ -162,6 +163,10 @@ class Engine:
         token. Raises ArgumentError without a tokenizer."""
         if self.tokenizer is None:
             raise ArgumentError(f"{self.name} has no tokenizer; pass token ids instead of text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"prompt holds a lone surrogate at {error.start}; it must be valid Unicode") from error
         ids = self.tokenizer.encode(text)
         if not ids and self.config.bos_token_id is not None:
             ids = [self.config.bos_token_id]
@@ -178,7 +183,7 @@ class Engine:
     ) -> TextStream:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         prompt_ids = check_token_ids(ids, self.config.vocab_size).tolist()
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (None,)
         if not all(isinstance(s, str) and s for s in stops):
             raise ArgumentError(f"stop is {stop!r}; it must be a non-empty string or a list of them")
         if stops and self.tokenizer is None:
@@ -187,10 +192,8 @@ class Engine:
 
     def _room(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         room = self.max_seq_len - prompt_tokens
-        if max_new_tokens is not None and (
-            isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1
-        ):
-            raise ArgumentError(f"max_new_tokens is {max_new_tokens!r}; it must be an int of 1 or more, or None")
+        if max_new_tokens is not None:
+            max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1, 2**31)
         if room < (max_new_tokens or 1):
             limit = (
                 f"load with a larger max_seq_len, up to {self.config.max_position}"
@@ -205,12 +208,17 @@ class Engine:
 
     @contextlib.contextmanager
     def _borrow_session(self) -> Iterator[Session]:
-        session = self._idle.pop() if self._idle else self.session()
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = self.session()
         session.reset()
         try:
             yield session
-        finally:
+        except GeneratorExit:  # the caller closed the stream; the session is sound
             self._idle.append(session)
+            raise
+        self._idle.append(session)  # not after an error: what the GPU left behind is unknown
 
 
 class TextStream:
@@ -280,6 +288,7 @@ class TextStream:
             logits = session.prefill(self._prompt_ids)
             while True:
                 token = sampler.choose(logits)
+                session.check()  # choosing has waited for the step, so a failed one is seen before its token is used
                 self._last_token_s = time.perf_counter() - start
                 if not self._token_ids:
                     self._first_token_s = self._last_token_s

@@ -11,6 +11,7 @@ import torch
 
 from clusterfusion import checkpoint
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.engine.arguments import as_int
 from clusterfusion.engine.engine import Engine
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import choose_mode
@@ -143,7 +144,7 @@ def _load_object(
         )
     config = weights.config
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    eos_ids = config.eos_token_ids if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    eos_ids = checkpoint.check_eos_token_ids(eos, "generation_config.eos_token_id") or config.eos_token_ids
     return Engine(
         weights,
         name=getattr(model, "name_or_path", "") or type(model).__name__,
@@ -167,7 +168,7 @@ def _tokenizer_of(model: Any) -> TextTokenizer | None:
     source = getattr(model, "name_or_path", "") or ""
     if source and Path(source).is_dir():
         return read_tokenizer(Path(source))
-    if source.count("/") == 1:
+    if checkpoint.HUB_ID.fullmatch(source):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(source, "tokenizer.json")
@@ -220,8 +221,4 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
 def _parse_max_seq_len(max_seq_len: int | None, config: DecoderConfig) -> int:
     if max_seq_len is None:
         return min(config.max_position, DEFAULT_MAX_SEQ_LEN)
-    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or not 1 <= max_seq_len <= config.max_position:
-        raise ArgumentError(
-            f"max_seq_len is {max_seq_len!r}; it must be an int from 1 to {config.max_position}, the model's limit"
-        )
-    return max_seq_len
+    return as_int("max_seq_len", max_seq_len, 1, config.max_position)

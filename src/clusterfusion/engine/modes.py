@@ -53,11 +53,11 @@ def choose_mode(requested: str, config: DecoderConfig, dtype: torch.dtype, devic
                 return ModeChoice(name, "; ".join(obstacles) or "the fastest mode")
             if obstacle not in obstacles:
                 obstacles.append(obstacle)
-    if requested not in MODES:
+    if not isinstance(requested, str) or requested not in MODES:
         raise ArgumentError(f"mode is {requested!r}; it must be 'auto' or one of {', '.join(map(repr, MODES))}")
     obstacle = why_not(requested, config, dtype, device)
     if obstacle is not None:
-        raise ArgumentError(f"mode {requested!r} cannot run here: {obstacle}; use mode='auto'")
+        raise ArgumentError(f"mode is {requested!r}, which cannot run here: {obstacle}; 'auto' takes one that can")
     return ModeChoice(requested, "as asked")
 
 
@@ -66,7 +66,7 @@ def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.
     if name == "reference":
         return None
     if not MODES[name].available:
-        return f"mode {name!r} is not part of this version"
+        return f"mode {name!r} is not part of this version yet"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clusterfusion.errors import ArgumentError
+from clusterfusion.engine.arguments import as_float, as_int
+from clusterfusion.errors import ArgumentError, DeviceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,19 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, _number(self.temperature) and self.temperature >= 0, "a number >= 0")
-        _check(
-            "top_k", self.top_k, self.top_k is None or (_integer(self.top_k) and self.top_k > 0), "an int > 0 or None"
-        )
-        _check("top_p", self.top_p, _number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, _number(penalty) and penalty > 0, "a number > 0")
-        ok = self.seed is None or (_integer(self.seed) and 0 <= self.seed < 2**63)
-        _check("seed", self.seed, ok, "an int from 0 to 2**63 - 1, or None")
+        temperature = as_float("temperature", self.temperature, "a number >= 0")
+        top_p = as_float("top_p", self.top_p, "a number in (0, 1]")
+        penalty = as_float("repetition_penalty", self.repetition_penalty, "a number from 1e-6 to 1e6")
+        _check("temperature", temperature, temperature >= 0, "a number >= 0")
+        _check("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
+        _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "a number from 1e-6 to 1e6")
+        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "top_p", top_p)
+        object.__setattr__(self, "repetition_penalty", penalty)
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", as_int("top_k", self.top_k, 1, 2**63 - 1))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", as_int("seed", self.seed, 0, 2**63 - 1))
 
 
 class Sampler:
@@ -56,8 +61,16 @@ class Sampler:
             self._generator.manual_seed(options.seed)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token after `logits` [vocab]. Ties go to the lowest id when greedy."""
+        """The next token after `logits` [vocab]. Ties go to the lowest id when greedy.
+
+        Raises DeviceError when the logits are not numbers, as happens when a 16-bit model overflows.
+        """
         token = self._choose(logits)
+        if not math.isfinite(logits[token]):
+            raise DeviceError(
+                "the model's logits are not finite: its activations overflow the dtype; load it with dtype='bfloat16' "
+                "or 'float32'"
+            )
         self._seen.add(token)
         return token
 
@@ -67,7 +80,10 @@ class Sampler:
             logits = penalise(logits, self._seen, options.repetition_penalty)
         if options.temperature == 0:
             return int(logits.argmax())
-        scores = logits.detach().to("cpu", torch.float32) / options.temperature
+        scores = logits.detach().to("cpu", torch.float64)
+        if not torch.isfinite(scores.max()):
+            return int(logits.argmax())  # not finite: choose() says so
+        scores = ((scores - scores.max()) / options.temperature).clamp_min(-1e4).to(torch.float32)
         probabilities = torch.softmax(filter_scores(scores, options.top_k, options.top_p), dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
@@ -86,16 +102,9 @@ def filter_scores(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, indices = torch.sort(torch.softmax(scores, dim=-1), descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones reach p already
+        outside[0] = False
         scores = scores.masked_fill(torch.zeros_like(outside).scatter(0, indices, outside), -math.inf)
     return scores
-
-
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(name: str, value: object, ok: bool, needed: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion import reference
+from clusterfusion.engine.arguments import as_int
 from clusterfusion.errors import ArgumentError, ContextLengthError
 from clusterfusion.weights import DecoderWeights
 
@@ -55,11 +56,13 @@ class Session:
 
     def step(self, token: int) -> Tensor:
         """Take in one token. Returns its logits [vocab]. Raises as `prefill` does."""
-        if isinstance(token, Tensor) and token.numel() == 1 and not token.is_floating_point():
-            token = int(token)
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise ArgumentError(f"token is {type(token).__name__}; it must be an int")
-        return self._forward(check_token_ids([token], self._weights.config.vocab_size))
+        token = as_int("token", token, 0, self._weights.config.vocab_size - 1)
+        return self._forward(torch.tensor([token]))
+
+    def check(self) -> None:
+        """Raise DeviceError if a step that has ended on the GPU failed. `step` looks too, for the steps before it."""
+        if self._decoder is not None:
+            self._decoder.check_error()
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -67,11 +70,7 @@ class Session:
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. Raises ArgumentError unless 0 <= position <= self.position."""
-        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= self._position:
-            raise ArgumentError(
-                f"position is {position!r}; it must be an int from 0 to {self._position}, the current one"
-            )
-        self._position = position
+        self._position = as_int("position", position, 0, self._position)
 
     def fork(self) -> Session:
         """A second session that goes on from here by itself. Copies the cached tokens' keys and values."""
@@ -102,19 +101,22 @@ class Session:
 
 def check_token_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """`ids` as a 1-D int64 tensor. Raises ArgumentError naming the first bad one."""
+    if hasattr(ids, "__array__") and not isinstance(ids, Tensor):
+        ids = torch.as_tensor(ids)  # a NumPy array
     if isinstance(ids, Tensor):
-        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ArgumentError(f"ids is a {ids.dim()}-D tensor of {ids.dtype}; it must be a 1-D integer tensor")
+        integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.dim() != 1 or not integral or ids.layout != torch.strided or ids.is_meta:
+            raise ArgumentError(
+                f"ids is a {ids.dim()}-D tensor of {ids.dtype} ({ids.layout}, {ids.device.type}); "
+                "it must be a dense 1-D integer tensor with values"
+            )
         tensor = ids.detach().to(torch.int64)
     else:
         if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
             raise ArgumentError(f"ids is {type(ids).__name__}; it must be a list of ints or a 1-D integer tensor")
-        for index, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise ArgumentError(f"ids[{index}] is {token!r}; it must be an int")
-            if not 0 <= token < vocab_size:
-                raise ArgumentError(f"ids[{index}] is {token}; it must be from 0 to {vocab_size - 1}")
-        tensor = torch.tensor(ids, dtype=torch.int64)
+        tensor = torch.tensor(
+            [as_int(f"ids[{index}]", token, 0, vocab_size - 1) for index, token in enumerate(ids)], dtype=torch.int64
+        )
     if not len(tensor):
         raise ArgumentError("ids is empty; it must hold at least one token")
     low, high = (int(bound) for bound in torch.aminmax(tensor))

@@ -53,7 +53,8 @@ def _acquire(file: IO[bytes], timeout_seconds: float) -> bool:
         try:
             _try_lock(file)
             return True
-        except OSError:
-            if time.monotonic() >= deadline:
+        except OSError as error:
+            # Anything else than "another process holds it" says that this file system has no locks: nothing to wait for.
+            if not isinstance(error, (BlockingIOError, PermissionError)) or time.monotonic() >= deadline:
                 return False
             time.sleep(_POLL_SECONDS)

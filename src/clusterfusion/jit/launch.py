@@ -92,8 +92,10 @@ class LoadedKernel:
         index = self.device_index
 
         def launch_prepared(keep: tuple[Any, ...] = (addresses, arguments)) -> None:
-            config.hStream = torch.cuda.current_stream(index).cuda_stream
-            (status,) = driver.cuLaunchKernelEx(config, function, parameters, 0)
+            # A null stream means the current context's, so the kernel's device has to be the current one.
+            with torch.cuda.device(index):
+                config.hStream = torch.cuda.current_stream(index).cuda_stream
+                (status,) = driver.cuLaunchKernelEx(config, function, parameters, 0)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise DeviceError(f"{self.instance}: the driver refuses the launch: {status.name}")
 

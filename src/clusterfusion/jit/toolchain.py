@@ -76,6 +76,7 @@ def _first_with(header: str, what: str, package: str) -> Path:
 
 def _nvrtc_version() -> str:
     try:
+        import cuda.core  # noqa: F401 - what compiles; the version is asked of NVRTC itself
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise DeviceError(f"compiling kernels needs cuda-core and cuda-bindings ({error}): {INSTALL_HINT}") from error

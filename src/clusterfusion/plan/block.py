@@ -126,7 +126,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
         return min(room, MAX_STAGES) // warps * warps
 
-    warps = max(WARPS if any(map(stages_with, WARPS)) else SCARCE_WARPS, key=stages_with)
+    warps = max(WARPS if any(stages_with(w) > 0 for w in WARPS) else SCARCE_WARPS, key=stages_with)
     stages = stages_with(warps)
     if stages <= 0:
         raise UnsupportedModelError(
@@ -180,7 +180,7 @@ class Step:
 
 
 def schedule(plan: BlockPlan, cta: int) -> Iterator[Step]:
-    """What a CTA does in the fused launch, in order; consume() in the program does the same."""
+    """What a CTA does in the fused launch, in order; BlockConsumer::run in the program does the same."""
     c = plan.config
     up = plan.rows(c.intermediate_size, cta)
     attends = cta < c.num_heads * plan.splits

@@ -265,7 +265,7 @@ class BlockConsumer : public BlockShare<S, kSegment> {
       team.block_sync();
       if (kWhole && threadIdx.x == 0) grid_arrive(counter(kAttentionDone));
     }
-    if (team.expired()) s_.expired = 1;
+    if (team.expired() && threadIdx.x == 0) record_error(kClusterDependency, 0, 0);
   }
 
   // q, k and v of this CTA's head: rotated, k and v rounded as the cache holds them; q scaled. Split 0 writes the cache.
@@ -354,13 +354,19 @@ class BlockConsumer : public BlockShare<S, kSegment> {
   __device__ void wait(LocalTeam& team, Counter which, unsigned target) {
     if constexpr (kWhole) {
       if (threadIdx.x == 0 && !s_.expired && !grid_wait(counter(which), target)) {
-        s_.expired = 1;
-        if (atomicCAS(a_.error, 0u, static_cast<unsigned>(which) + 1) == 0) {
-          a_.error[1] = cta_, a_.error[2] = target, a_.error[3] = load_acquire(counter(which));
-        }
+        record_error(which, target, load_acquire(counter(which)));
       }
     }
     team.block_sync();
+  }
+
+  // The first error of a launch, for the host: the details, then the word that says they are there. One thread.
+  __device__ void record_error(unsigned dependency, unsigned expected, unsigned seen) {
+    s_.expired = 1;
+    if (atomicCAS(&a_.error[kErrorClaim], 0u, 1u) != 0) return;
+    a_.error[1] = cta_, a_.error[2] = expected, a_.error[3] = seen;
+    __threadfence_system();
+    *const_cast<volatile unsigned*>(a_.error) = dependency + 1;
   }
 
   // The last CTA to finish opens the next launch's epoch. Every CTA has read this one's by then.

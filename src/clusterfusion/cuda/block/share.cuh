@@ -36,7 +36,9 @@ struct LayerArguments {
 
 constexpr int kCounterStride = 32;  // a cache line each
 enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kEpoch, kCounters };
-constexpr int kErrorWords = 5;  // dependency + 1, CTA, expected, seen, epoch
+// The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
+constexpr int kErrorClaim = 4, kErrorWords = 5;
+constexpr unsigned kClusterDependency = kMiddleDone + 1;  // a peer in the cluster, beside the counters
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
