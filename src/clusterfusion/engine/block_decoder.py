@@ -18,15 +18,14 @@ from clusterfusion import reference
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import DeviceError, UnsupportedModelError
 from clusterfusion.jit.decoder_block import (
-    COUNTER_WORDS,
     ERROR_WORDS,
-    PARTIAL_PADDING,
     ElementType,
     LayerArguments,
     prepare,
 )
 from clusterfusion.jit.device import architecture_of, device_limits
 from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
+from clusterfusion.plan.block import COUNTER_WORDS, PARTIAL_PADDING
 from clusterfusion.weights import DecoderWeights, LayerWeights
 
 _DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")

@@ -12,9 +12,7 @@ from clusterfusion.plan import BlockPlan
 from clusterfusion.plan.block import Segment
 
 PROGRAM = "programs/decoder_block.cu"
-COUNTER_WORDS = 6 * 32
 ERROR_WORDS = 8
-PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
 
 ElementType = Literal["float16", "bfloat16", "float32"]
 _CPP_TYPES: dict[str, str] = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}

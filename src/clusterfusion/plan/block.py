@@ -28,6 +28,8 @@ SCARCE_WARPS = (4, 3, 2)
 TARGET_STAGE_BYTES = 10240
 WINDOW_BYTES = 51200
 MAX_STAGES = 64
+PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
+COUNTER_WORDS = 6 * 32  # six counters, each on a cache line of its own
 BARRIER_BYTES = 16  # of a stage: one mbarrier for full, one for empty
 
 Segment = Literal["whole", "project", "attend", "output", "expand", "contract"]
@@ -73,21 +75,14 @@ class BlockPlan:
     def scratch_bytes(self) -> int:
         """Device memory of one context beside weights and K/V: q, k, v, partials, the middle residual, h, counters."""
         c = self.config
-        floats = 3 * c.hidden_size + c.num_heads * self.partials_per_head * (c.head_dim + 4) + c.hidden_size
-        return 4 * floats + ELEMENT_BYTES * c.intermediate_size + COUNTER_BYTES
+        floats = (
+            3 * c.hidden_size + c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING) + c.hidden_size
+        )
+        return 4 * floats + ELEMENT_BYTES * c.intermediate_size + 4 * COUNTER_WORDS
 
     def rows(self, total: int, cta: int) -> range:
         """The rows of a matrix of `total` rows that a CTA reads."""
         return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
-
-    def imbalance(self) -> float:
-        """Largest over mean bytes of weights a CTA reads, in the worst phase."""
-        c = self.config
-        totals = (3 * c.hidden_size, c.intermediate_size, c.hidden_size)
-        return max(max(len(self.rows(t, cta)) for cta in range(self.ctas)) * self.ctas / t for t in totals)
-
-
-COUNTER_BYTES = 6 * 32 * 4 + 8 * 4  # six counters on cache lines of their own, and the error record
 
 
 def why_not(config: DecoderConfig) -> str | None:
@@ -155,7 +150,7 @@ def _fixed_shared_bytes(config: DecoderConfig, ctas: int, stage_bytes: int, warp
     c = config
     vector = 4 * c.hidden_size
     vectors = max(2 * vector, vector + _round_up(c.intermediate_size * ELEMENT_BYTES, 16))
-    partial = 4 * (c.head_dim + 4)
+    partial = 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
     down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
     attention = 3 * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
