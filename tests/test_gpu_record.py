@@ -30,7 +30,9 @@ def test_record_is_for_these_sources() -> None:
     if not any((gpu_record.ROOT / "tests/gpu").rglob("test_*.py")):
         pytest.skip("there are no GPU tests yet")
     if not path.exists():
-        pytest.fail(f"there is no GPU evidence: {gpu_record.RECORD} is missing. Make it {gpu_record.MEND}", pytrace=False)
+        pytest.fail(
+            f"there is no GPU evidence: {gpu_record.RECORD} is missing. Make it {gpu_record.MEND}", pytrace=False
+        )
     record = json.loads(path.read_text(encoding="utf-8"))
     found = gpu_record.complaints(record, gpu_record.source_digests(gpu_record.ROOT))
     if found:
