@@ -17,8 +17,11 @@ _PUBLIC = {
     "TextStream": "clusterfusion.engine",
     "DecoderConfig": "clusterfusion.architecture",
     "RotaryConfig": "clusterfusion.architecture",
+    "LayerWeights": "clusterfusion.weights",
     "NAMED_SHAPES": "clusterfusion.named_shapes",
     "named_shape": "clusterfusion.named_shapes",
+    "decoder_layer": "clusterfusion.ops",
+    "gpt_neox_layer": "clusterfusion.weights",
     "layer_norm": "clusterfusion.ops",
     "rms_norm": "clusterfusion.ops",
     "ClusterFusionError": "clusterfusion.errors",
@@ -45,7 +48,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
-    from clusterfusion.ops import layer_norm, rms_norm
+    from clusterfusion.ops import decoder_layer, layer_norm, rms_norm
+    from clusterfusion.weights import LayerWeights, gpt_neox_layer
 
 
 def __getattr__(name: str) -> Any:

@@ -193,10 +193,15 @@ def project_qkv(layer: LayerWeights, x: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [heads, T, head_dim]: dimension i pairs with i + rotary_dim / 2; the rest pass through."""
+    """Rotary embedding of x [heads, T, head_dim]: dimension i pairs with i + rotary_dim / 2; the rest pass through.
+
+    cos, sin [T, rotary_dim / 2], or [T, 2, rotary_dim / 2] where the two dimensions of a pair have angles of their own.
+    """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    first_cos, second_cos = cos.unbind(-2) if cos.dim() == 3 else (cos, cos)
+    first_sin, second_sin = sin.unbind(-2) if sin.dim() == 3 else (sin, sin)
+    return torch.cat((first * first_cos - second * first_sin, second * second_cos + first * second_sin, rest), dim=-1)
 
 
 def rotary_tables(rotary: RotaryConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,52 @@ class LayerWeights:
     up_bias: Tensor | None
     down_weight: Tensor  # [hidden, intermediate]
     down_bias: Tensor | None
-    qkv_weight: (
-        Tensor | None
-    )  # [3 * num_heads * head_dim, hidden]: the fused matrix q, k, v are views of, if there is one
+    qkv_weight: Tensor | None  # [3 * num_heads * head_dim, hidden]: the matrix that q, k, v are views of, if any
     qkv_bias: Tensor | None
+
+
+def gpt_neox_layer(
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    o_weight: Tensor,
+    o_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    input_norm_weight: Tensor,
+    input_norm_bias: Tensor,
+    post_norm_weight: Tensor,
+    post_norm_bias: Tensor,
+    *,
+    heads: int,
+) -> LayerWeights:
+    """A GPT-NeoX layer over its tensors, without copies. qkv_weight [3 * hidden, hidden], the rows of each head together,
+    q then k then v; biases may be None. The other shapes are those of LayerWeights."""
+    q_weight, k_weight, v_weight = qkv_weight.unflatten(0, (heads, 3, -1)).unbind(1)
+    q_bias, k_bias, v_bias = (None,) * 3 if qkv_bias is None else qkv_bias.unflatten(0, (heads, 3, -1)).unbind(1)
+    return LayerWeights(
+        input_norm_weight=input_norm_weight,
+        input_norm_bias=input_norm_bias,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        v_weight=v_weight,
+        q_bias=q_bias,
+        k_bias=k_bias,
+        v_bias=v_bias,
+        o_weight=o_weight,
+        o_bias=o_bias,
+        post_norm_weight=post_norm_weight,
+        post_norm_bias=post_norm_bias,
+        gate_weight=None,
+        gate_bias=None,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,28 +168,31 @@ def assemble(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> DecoderWei
         def maybe(name: str) -> Tensor | None:
             return tensors.get(f"{names.layers}.{i}.{name}")
 
-        qkv_weight = qkv_bias = q_bias = k_bias = v_bias = None
         if c.fused_qkv:
-            qkv_weight, qkv_bias = get(f"{names.qkv}.weight"), maybe(f"{names.qkv}.bias")
-            q_weight, k_weight, v_weight = qkv_weight.unflatten(0, (c.num_heads, 3, c.head_dim)).unbind(1)
-            if qkv_bias is not None:
-                q_bias, k_bias, v_bias = qkv_bias.unflatten(0, (c.num_heads, 3, c.head_dim)).unbind(1)
-        else:
-            q_weight = get(f"{names.q}.weight").unflatten(0, (c.num_heads, c.head_dim))
-            k_weight = get(f"{names.k}.weight").unflatten(0, (c.num_kv_heads, c.head_dim))
-            v_weight = get(f"{names.v}.weight").unflatten(0, (c.num_kv_heads, c.head_dim))
-            q_bias = heads(maybe(f"{names.q}.bias"), c.num_heads)
-            k_bias = heads(maybe(f"{names.k}.bias"), c.num_kv_heads)
-            v_bias = heads(maybe(f"{names.v}.bias"), c.num_kv_heads)
+            return gpt_neox_layer(
+                get(f"{names.qkv}.weight"),
+                maybe(f"{names.qkv}.bias"),
+                get(f"{names.o}.weight"),
+                maybe(f"{names.o}.bias"),
+                get(f"{names.up}.weight"),
+                maybe(f"{names.up}.bias"),
+                get(f"{names.down}.weight"),
+                maybe(f"{names.down}.bias"),
+                get("input_layernorm.weight"),
+                get("input_layernorm.bias"),
+                get("post_attention_layernorm.weight"),
+                get("post_attention_layernorm.bias"),
+                heads=c.num_heads,
+            )
         return LayerWeights(
             input_norm_weight=get("input_layernorm.weight"),
             input_norm_bias=maybe("input_layernorm.bias"),
-            q_weight=q_weight,
-            k_weight=k_weight,
-            v_weight=v_weight,
-            q_bias=q_bias,
-            k_bias=k_bias,
-            v_bias=v_bias,
+            q_weight=get(f"{names.q}.weight").unflatten(0, (c.num_heads, c.head_dim)),
+            k_weight=get(f"{names.k}.weight").unflatten(0, (c.num_kv_heads, c.head_dim)),
+            v_weight=get(f"{names.v}.weight").unflatten(0, (c.num_kv_heads, c.head_dim)),
+            q_bias=heads(maybe(f"{names.q}.bias"), c.num_heads),
+            k_bias=heads(maybe(f"{names.k}.bias"), c.num_kv_heads),
+            v_bias=heads(maybe(f"{names.v}.bias"), c.num_kv_heads),
             o_weight=get(f"{names.o}.weight"),
             o_bias=maybe(f"{names.o}.bias"),
             post_norm_weight=get("post_attention_layernorm.weight"),
@@ -158,8 +203,8 @@ def assemble(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> DecoderWei
             up_bias=maybe(f"{names.up}.bias"),
             down_weight=get(f"{names.down}.weight"),
             down_bias=maybe(f"{names.down}.bias"),
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
+            qkv_weight=None,
+            qkv_bias=None,
         )
 
     embedding = tensors[names.embedding]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import clusterfusion
-import clusterfusion.ops
+import clusterfusion.ops.norm
 from clusterfusion.errors import ArgumentError
 from clusterfusion.jit.cluster_norm import ClusterNorm, choose_cluster_norm
 
@@ -138,7 +138,7 @@ def test_an_unaligned_base_takes_the_scalar_instance(monkeypatch: pytest.MonkeyP
         widths.append(chosen.vector_width)
         return chosen
 
-    monkeypatch.setattr(clusterfusion.ops, "choose_cluster_norm", noted)
+    monkeypatch.setattr(clusterfusion.ops.norm, "choose_cluster_norm", noted)
     for dtype in DTYPES:
         x, weight, bias = row_data(dtype, 3, 2560)
         shifted = torch.empty(3 * 2560 + 1, dtype=dtype, device=GPU)[1:].view(3, 2560)

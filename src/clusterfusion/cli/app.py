@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` does not wait for
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -12,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from clusterfusion import __version__
+from clusterfusion.cli.bench import bench
 from clusterfusion.cli.generate import generate
 from clusterfusion.cli.info import info
 from clusterfusion.cli.models import models
@@ -33,6 +35,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(models)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,6 +57,8 @@ def _options(
 def main() -> NoReturn:
     """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted."""
     arguments, debug = _take_debug(sys.argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = app(args=arguments, prog_name="clusterfusion", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

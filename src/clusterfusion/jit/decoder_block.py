@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from clusterfusion.jit.compiler import KernelSource
 from clusterfusion.jit.launch import LaunchShape, load_kernel
+from clusterfusion.jit.tensor_map import TensorMap, encode_tensor_map
 from clusterfusion.plan import BlockPlan
 from clusterfusion.plan.block import Segment
+
+if TYPE_CHECKING:
+    import torch
 
 PROGRAM = "programs/decoder_block.cu"
 ERROR_WORDS = 8
@@ -23,6 +27,8 @@ class LayerArguments(ctypes.Structure):
     """The kernel's struct of the same name, field for field. Addresses are device addresses; None is null."""
 
     _fields_ = (
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
         *((name, _POINTER) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")),
         *((name, _POINTER) for name in ("qkv_weight", "qkv_bias", "o_weight", "o_bias")),
         *((name, _POINTER) for name in ("up_weight", "up_bias", "down_weight", "down_bias")),
@@ -45,6 +51,9 @@ class LayerArguments(ctypes.Structure):
         ("counters", _POINTER),
         ("error", _POINTER),
         ("eps", ctypes.c_float),
+        ("max_len", ctypes.c_int32),
+        ("second_angles", ctypes.c_int32),
+        ("_padding", ctypes.c_byte * 4),  # to a multiple of a tensor map's alignment
     )
 
 
@@ -57,7 +66,8 @@ def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, seg
     """The C++ name expression of one segment's kernel."""
     c = plan.config
     gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
-    numbers = (plan.ctas, plan.cluster_size, plan.splits, plan.warps, plan.stages, plan.stage_bytes, plan.window_stages)
+    partition = (plan.ctas, plan.cluster_size, plan.splits)
+    ring = (plan.warps, plan.stages, plan.stage_bytes, plan.window_stages, plan.tile_tokens, plan.shared_bytes)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],
@@ -65,7 +75,7 @@ def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, seg
             *map(str, (c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.rotary.dim)),
             f"clusterfusion::Gelu::{gelu}",
             "true" if c.parallel_residual else "false",
-            *map(str, (*numbers, plan.shared_bytes)),
+            *map(str, partition + ring),
         )
     )
     return f"clusterfusion::decoder_block<clusterfusion::BlockShape<{shape}>, clusterfusion::Segment::{segment}>"
@@ -78,10 +88,13 @@ def prepare(
     segment: Segment,
     arguments: LayerArguments,
     device_index: int,
+    *,
+    overlaps_previous: bool = False,
 ) -> Callable[[], None]:
     """A launch of one segment, to be made as often as wanted, on PyTorch's current stream. `whole` is cooperative.
 
-    Raises DeviceError when the device cannot hold all CTAs of a cooperative launch, CompileError as load_kernel does.
+    With `overlaps_previous` it may start before the launch ahead of it has ended, if that one does not write position,
+    weights or cached tokens. Raises DeviceError when the device cannot hold all CTAs of a cooperative launch, CompileError as load_kernel does.
     """
     kernel = load_kernel(
         block_source(plan, weight_type, x_type), instance(plan, weight_type, x_type, segment), device_index
@@ -93,4 +106,19 @@ def prepare(
         dynamic_shared_bytes=plan.shared_bytes,
         cooperative=segment == "whole",
     )
-    return kernel.prepare(shape, arguments)
+    return kernel.prepare(shape, arguments, overlaps_previous=overlaps_previous)
+
+
+def cache_map(plan: BlockPlan, weight_type: ElementType, cache: torch.Tensor) -> ctypes.Array[ctypes.c_byte]:
+    """The tensor map of a layer's keys or values [heads, max_len, head_dim], of any strides between heads and tokens."""
+    heads, max_len, head_dim = cache.shape
+    head_stride, token_stride, _ = (stride * cache.element_size() for stride in cache.stride())
+    return TensorMap.from_buffer_copy(
+        encode_tensor_map(
+            weight_type,
+            cache.data_ptr(),
+            (head_dim, max_len, heads),
+            (token_stride, head_stride),
+            (head_dim, plan.tile_tokens, 1),
+        )
+    )

@@ -64,28 +64,34 @@ class LoadedKernel:
             stream = Stream.from_handle(torch.cuda.current_stream(self.device_index).cuda_stream)
             launch(stream, _config(shape), self._handle, *values)
 
-    def prepare(self, shape: LaunchShape, arguments: ctypes.Structure) -> Callable[[], None]:
+    def prepare(
+        self, shape: LaunchShape, arguments: ctypes.Structure, *, overlaps_previous: bool = False
+    ) -> Callable[[], None]:
         """A launch with one struct passed by value, to be repeated at little cost, also while a graph is captured.
 
-        The struct is copied at each launch, so its fields may be changed between launches. Raises as `launch` does.
+        The struct is copied at each launch, so its fields may be changed between launches. With `overlaps_previous` the
+        launch may start before the one ahead of it on the stream has ended (programmatic dependent launch); the kernel
+        itself waits where it has to. Raises as `launch` does.
         """
         import torch
         from cuda.bindings import driver
 
         with torch.cuda.device(self.device_index):
             self._prepare(shape)
-        cluster, cooperative = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        cluster, cooperative, overlap = (driver.CUlaunchAttribute() for _ in range(3))
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x = shape.cluster_size
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         cooperative.value.cooperative = int(shape.cooperative)
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = shape.clusters * shape.cluster_size, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
         config.sharedMemBytes = shape.dynamic_shared_bytes
-        config.attrs = [cluster, cooperative]
-        config.numAttrs = 2
+        config.attrs = [cluster, cooperative] + [overlap] * overlaps_previous
+        config.numAttrs = len(config.attrs)
         function = driver.CUfunction(int(self._handle.handle))  # the driver takes a CUkernel in a CUfunction's place
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         parameters = ctypes.addressof(addresses)

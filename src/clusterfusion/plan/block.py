@@ -30,6 +30,9 @@ WINDOW_BYTES = 51200
 MAX_STAGES = 64
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
 COUNTER_WORDS = 6 * 32  # six counters, each on a cache line of its own
+TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
+MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
+MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 BARRIER_BYTES = 16  # of a stage: one mbarrier for full, one for empty
 
 Segment = Literal["whole", "project", "attend", "output", "expand", "contract"]
@@ -48,6 +51,7 @@ class BlockPlan:
     stages: int
     stage_bytes: int
     window_stages: int
+    tile_tokens: int  # cached tokens whose keys and values travel as one tile
     shared_bytes: int
 
     @property
@@ -111,8 +115,14 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     # Few rows a CTA (small models): smaller tiles, so that every warp has one.
     rows_each = -(-config.hidden_size // ctas)
     rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // WARPS[0])))
-    token_bytes = 2 * (32 // (config.head_dim // VECTOR)) * config.head_dim * ELEMENT_BYTES  # keys and values at once
-    stage_bytes = _round_up(max(rows_a_tile * row_bytes, token_bytes), 128)
+    tokens_together = 32 // (config.head_dim // VECTOR)  # that a warp takes at once
+    stage_bytes = _round_up(max(rows_a_tile * row_bytes, _tile_bytes(config, tokens_together)), TENSOR_COPY_ALIGNMENT)
+    tile_tokens = tokens_together
+    while (
+        tile_tokens + tokens_together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * tokens_together)
+        and _tile_bytes(config, tile_tokens + tokens_together) <= stage_bytes
+    ):
+        tile_tokens += tokens_together
 
     def fixed(warps: int) -> int:
         return _fixed_shared_bytes(config, ctas, stage_bytes, warps)
@@ -138,6 +148,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         stages=stages,
         stage_bytes=stage_bytes,
         window_stages=max(1, min(stages, WINDOW_BYTES // stage_bytes)),
+        tile_tokens=tile_tokens,
         shared_bytes=fixed(warps) + stages * (stage_bytes + BARRIER_BYTES),
     )
     check_plan(plan)
@@ -155,6 +166,12 @@ def _fixed_shared_bytes(config: DecoderConfig, ctas: int, stage_bytes: int, warp
     down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
     attention = 3 * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
     return vectors + attention + 4 * out_rows * (1 + down_parts) + 512
+
+
+def _tile_bytes(config: DecoderConfig, tokens: int) -> int:
+    """Of a stage that holds the keys and, behind them, the values of so many tokens of a head."""
+    half = tokens * config.head_dim * ELEMENT_BYTES
+    return _round_up(half, TENSOR_COPY_ALIGNMENT) + half
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -216,6 +233,8 @@ def check_plan(plan: BlockPlan) -> None:
     _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
     _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
     _check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
+    _check(_tile_bytes(c, plan.tile_tokens) <= plan.stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens)
+    _check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
     _check_coverage(plan)
     _check_progress(plan)
 

@@ -85,7 +85,7 @@ class BlockConsumer : public BlockShare<S, kSegment> {
     const int up_early = up_before(up_rows);
     const int out_first = rows_from(S::kHidden), out_rows = rows_to(S::kHidden) - out_first;
     const unsigned epoch = kWhole ? a_.counters[kEpoch * kCounterStride] : 0;
-    const unsigned target = (epoch + 1) * S::kCtas;
+    const unsigned all_ctas = (epoch + 1) * S::kCtas, all_heads = (epoch + 1) * S::kHeads * S::kPartials;
 
     if constexpr (runs(Segment::project)) {
       normalise(team, static_cast<const X*>(a_.x), a_.norm1_weight, a_.norm1_bias, x1, S::kParallel);
@@ -98,14 +98,14 @@ class BlockConsumer : public BlockShare<S, kSegment> {
     }
     if constexpr (runs(Segment::attend)) {
       if (attends()) {
-        wait(team, kQkvDone, target);
+        wait(team, kQkvDone, all_ctas);
         attend(ring);
       }
     }
     if constexpr (kWhole && S::kParallel) up(ring, up_first, up_early, up_rows, x2);
     if constexpr (S::kParallel && kWhole) warp_done(1, kHiddenDone);
     if constexpr (runs(Segment::output)) {
-      wait(team, kAttentionDone, epoch_target(epoch, S::kHeads * S::kPartials));
+      wait(team, kAttentionDone, all_heads);
       load_attention(x1);
       team.block_sync();
       gemv_parts<HiddenTiles>(ring, out_rows, x1, s_.o_sums);
@@ -120,14 +120,14 @@ class BlockConsumer : public BlockShare<S, kSegment> {
         if (kWhole && threadIdx.x == 0) grid_arrive(counter(kMiddleDone));
       }
       if constexpr (runs(Segment::expand)) {
-        wait(team, kMiddleDone, target);
+        wait(team, kMiddleDone, all_ctas);
         normalise(team, a_.middle, a_.norm2_weight, a_.norm2_bias, x2, false);
         up(ring, up_first, 0, up_rows, x2);
         warp_done(1, kHiddenDone);
       }
     }
     if constexpr (S::kParallel ? runs(Segment::output) : runs(Segment::contract)) {
-      wait(team, kHiddenDone, target);
+      wait(team, kHiddenDone, all_ctas);
       uint4* hidden = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes);
       for (int i = threadIdx.x; i < S::kIntermediate / kVector; i += S::kThreads) hidden[i] = __ldcg(static_cast<const uint4*>(a_.h) + i);
       team.block_sync();
@@ -148,6 +148,17 @@ class BlockConsumer : public BlockShare<S, kSegment> {
       }
     }
     if constexpr (kWhole) finish(epoch);
+  }
+
+  // Instead of run, in all CTAs alike, when the position is not in the cache: nothing is touched but the output.
+  __device__ void refuse() {
+    if (cta_ == 0 && threadIdx.x == 0) record_error(kBadPosition, a_.max_len, position_);
+    if constexpr (S::kParallel ? runs(Segment::output) : runs(Segment::contract)) {
+      const int last = rows_to(S::kHidden);
+      for (int i = rows_from(S::kHidden) + threadIdx.x; i < last; i += S::kThreads) {
+        static_cast<X*>(a_.out)[i] = from_float<X>(cuda::std::numeric_limits<float>::quiet_NaN());
+      }
+    }
   }
 
  private:
@@ -277,7 +288,7 @@ class BlockConsumer : public BlockShare<S, kSegment> {
       float q = __ldcg(qkv + i), k = __ldcg(qkv + S::kHeadDim + i);
       const float v = __ldcg(qkv + 2 * S::kHeadDim + i);
       if (i < S::kRotary) {
-        const int pair = i < kHalf ? i + kHalf : i - kHalf, angle = i < kHalf ? i : i - kHalf;
+        const int pair = i < kHalf ? i + kHalf : i - kHalf, angle = i < kHalf ? i : i - kHalf + a_.second_angles;
         const float sign = i < kHalf ? -1.0f : 1.0f;
         const float c = a_.cos[position_ * a_.table_stride + angle], s = sign * a_.sin[position_ * a_.table_stride + angle];
         q = q * c + __ldcg(qkv + pair) * s;
@@ -333,7 +344,6 @@ class BlockConsumer : public BlockShare<S, kSegment> {
   // ---- dependencies between CTAs
 
   __device__ unsigned* counter(Counter which) const { return a_.counters + which * kCounterStride; }
-  __device__ unsigned epoch_target(unsigned epoch, unsigned arrivals) const { return (epoch + 1) * arrivals; }
 
   // The last consumer warp of the CTA to come here arrives for the CTA.
   __device__ void warp_done(int which, Counter arrival) {

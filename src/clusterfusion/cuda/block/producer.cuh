@@ -22,7 +22,6 @@ class BlockProducer : public BlockShare<S, kSegment> {
   using Base::rows_to;
   using Base::runs;
   using Base::split;
-  using Base::tile_tokens;
   using Base::up_before;
 
  public:
@@ -69,27 +68,14 @@ class BlockProducer : public BlockShare<S, kSegment> {
     }
   }
 
+  // Whole tiles: of the last one, what lies beyond the position is copied and never looked at.
   __device__ void produce_cached(RingProducer<RingType>& ring) {
-    constexpr int kTokenBytes = S::kHeadDim * 2;
     const int tiles = cached_tiles();
-    const bool dense = a_.token_stride == S::kHeadDim;
     for (int tile = 0; tile < tiles; tile++) {
-      const int tokens = tile_tokens(tile);
-      const cuda::std::int64_t offset =
-          head() * a_.head_stride + static_cast<cuda::std::int64_t>(split() + tile * S::kSplits) * Cached::kTokens * a_.token_stride;
-      const W* k = static_cast<const W*>(a_.k_cache) + offset;
-      const W* v = static_cast<const W*>(a_.v_cache) + offset;
-      char* to = ring.begin(2 * tokens * kTokenBytes);
-      char* values = to + Cached::kTokens * kTokenBytes;
-      if (dense) {
-        ring.copy(to, k, tokens * kTokenBytes);
-        ring.copy(values, v, tokens * kTokenBytes);
-      } else {
-        for (int token = 0; token < tokens; token++) {
-          ring.copy(to + token * kTokenBytes, k + token * a_.token_stride, kTokenBytes);
-          ring.copy(values + token * kTokenBytes, v + token * a_.token_stride, kTokenBytes);
-        }
-      }
+      const int token = (split() + tile * S::kSplits) * Cached::kTokens;
+      char* to = ring.begin(2 * Cached::kHalfBytes);
+      ring.copy_box(to, &a_.k_map, token, head());
+      ring.copy_box(to + Cached::kValuesAt, &a_.v_map, token, head());
       ring.end();
     }
   }

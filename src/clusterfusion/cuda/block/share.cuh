@@ -17,13 +17,14 @@ enum class Gelu { erf, tanh };
 
 // Everything about a layer that lies in memory. Strides in elements. Null biases are absent.
 struct LayerArguments {
+  TensorMap k_map, v_map;                                       // of the caches, as [heads, max_len, head_dim]
   const void *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
   const void *qkv_weight, *qkv_bias, *o_weight, *o_bias, *up_weight, *up_bias, *down_weight, *down_bias;
   void *k_cache, *v_cache;                                      // head h, token t at h * head_stride + t * token_stride
   cuda::std::int64_t head_stride, token_stride;
-  const float *cos, *sin;                                       // [positions, rotary_dim / 2]
+  const float *cos, *sin;                                       // a row a position, an angle a pair of dimensions
   cuda::std::int64_t table_stride;                              // 0: one row, for the current position
-  const int* position;
+  const int* position;                                          // cached tokens before this one
   const void* x;                                                // [hidden]
   void* out;                                                    // [hidden]
   void *k_new, *v_new;                                          // [heads, head_dim] or null
@@ -32,26 +33,30 @@ struct LayerArguments {
   unsigned* counters;                                           // kCounters, kCounterStride apart; zero before first use
   unsigned* error;                                              // kErrorWords
   float eps;
+  int max_len;                                                  // tokens the caches have room for
+  int second_angles;                                            // where a row's angles for the pairs' second halves start
 };
+static_assert(sizeof(LayerArguments) == 512, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
 enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kEpoch, kCounters };
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
 constexpr unsigned kClusterDependency = kMiddleDone + 1;  // a peer in the cluster, beside the counters
+constexpr unsigned kBadPosition = kClusterDependency + 1;  // no dependency: the position is not in the cache
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kHeadDim_, int kRotary_, Gelu kGelu_,
           bool kParallel_, int kCtas_, int kCluster_, int kSplits_, int kWarps_, int kStages_, int kStageBytes_, int kWindow_,
-          int kSharedBytes_>
+          int kTileTokens_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
   static constexpr int kHidden = kHidden_, kIntermediate = kIntermediate_, kHeads = kHeads_, kHeadDim = kHeadDim_;
   static constexpr int kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_, kSplits = kSplits_, kWarps = kWarps_;
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWindow = kWindow_;
-  static constexpr int kSharedBytes = kSharedBytes_;
+  static constexpr int kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
   static constexpr Gelu kGelu = kGelu_;
   static constexpr bool kParallel = kParallel_;
   static constexpr int kThreads = kWarps * kWarpSize;  // consumers; the producer warp comes after them
@@ -89,11 +94,13 @@ class BlockShare {
   static __host__ __device__ constexpr bool runs(Segment segment) { return kWhole || kSegment == segment; }
   using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;
   using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
-  using Cached = AttentionTiles<S::kHeadDim, S::kStageBytes>;
+  using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kStageBytes>;
   using RingType = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
 
   __device__ BlockShare(const LayerArguments& arguments)
       : a_(arguments), cta_(blockIdx.x), position_(*arguments.position) {}
+
+  __device__ bool position_is_cached() const { return position_ >= 0 && position_ < a_.max_len; }
 
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }

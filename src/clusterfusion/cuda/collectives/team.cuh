@@ -60,7 +60,7 @@ class PartialTeam {
 
   // One thread of each CTA, before the kernel's first cluster barrier.
   static __device__ __forceinline__ void init(Scratch& scratch) {
-    mbarrier_init(&scratch.arrived, kClusterSize);
+    mbarrier_init(&scratch.arrived, kClusterSize * kThreads);
     mbarrier_init_fence();
   }
 
@@ -73,9 +73,11 @@ class PartialTeam {
   __device__ __forceinline__ bool expired() const { return expired_; }
   __device__ __forceinline__ void block_sync() { named_barrier_sync<kNamedBarrier, kThreads>(); }
   __device__ __forceinline__ void cluster_sync() {
-    block_sync();  // orders the members' writes before the arrivals below, which release them to the cluster
-    if constexpr (kClusterSize > 1) {
-      if (thread() < kClusterSize) mbarrier_arrive_cluster(map_shared(&scratch_.arrived, thread()));
+    if constexpr (kClusterSize == 1) {
+      block_sync();
+    } else {
+#pragma unroll
+      for (unsigned r = 0; r < kClusterSize; r++) mbarrier_arrive_cluster(map_shared(&scratch_.arrived, r));
       // Having given up once, do not spend the limit again at every later barrier.
       if (!expired_) expired_ = !mbarrier_wait_cluster(&scratch_.arrived, parity_);
       parity_ ^= 1;

@@ -14,17 +14,17 @@ namespace clusterfusion {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = cuda::std::numeric_limits<float>::infinity();
 
-template <int kHeadDim_, int kTileBytes>
+template <int kHeadDim_, int kTokens_, int kTileBytes>
 struct AttentionTiles {
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kTokens = kTokens_;           // of a tile
   static_assert(kHeadDim % kVector == 0 && kHeadDim <= 256, "a token's key is at most one 16-byte vector a lane");
   static constexpr int kLanes = kHeadDim / kVector;                        // lanes that share a token
   static constexpr int kTogether = kWarpSize / kLanes;                     // tokens a warp takes at once
-  static constexpr int kFit = kTileBytes / (2 * kHeadDim * 2);
-  static constexpr int kPasses = kFit / kTogether < 1 ? 1 : (kFit / kTogether > 16 ? 16 : kFit / kTogether);
-  static constexpr int kTokens = kPasses * kTogether;                      // a tile
-  static constexpr int kBytes = 2 * kTokens * kHeadDim * 2;
-  static_assert(kBytes <= kTileBytes, "a tile fits a stage");
+  static constexpr int kPasses = kTokens / kTogether;
+  static_assert(kTokens % kTogether == 0 && kTokens <= 256, "whole passes; a tensor copy's box is at most 256 long");
+  static constexpr int kHalfBytes = kTokens * kHeadDim * 2;                // the keys, or the values
+  static constexpr int kValuesAt = (kHalfBytes + 127) / 128 * 128;         // tensor copies need the alignment
+  static_assert(kValuesAt + kHalfBytes <= kTileBytes, "a tile fits a stage");
 };
 
 // Softmax so far: maximum, sum, and the weighted values. A partial with maximum -infinity is empty.
@@ -65,7 +65,7 @@ class AttentionWarp {
 
   __device__ __forceinline__ void add_tile(const char* data, int tokens) {
     const uint4* keys = reinterpret_cast<const uint4*>(data);
-    const uint4* values = keys + Tiles::kTokens * Tiles::kLanes;
+    const uint4* values = reinterpret_cast<const uint4*>(data + Tiles::kValuesAt);
     float score[Tiles::kPasses];
     float highest = -kInfinity;
 #pragma unroll

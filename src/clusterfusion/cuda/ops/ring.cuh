@@ -52,6 +52,9 @@ class RingProducer {
   __device__ __forceinline__ void copy(void* to, const void* from, unsigned bytes) {
     bulk_copy(to, from, bytes, &barriers_.full[stage_]);
   }
+  __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int middle, int outer) {
+    tensor_copy(to, map, 0, middle, outer, &barriers_.full[stage_]);
+  }
   __device__ __forceinline__ void end() {
     if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
   }

@@ -29,12 +29,30 @@ __device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier
 }
 
 // Copies `bytes` to `shared`; they count at `barrier` on arrival. One thread issues. libcu++ has no form with a cache
-// policy for this instruction.
+// policy for this instruction. Its destination is shared::cta, not shared::cluster, for which code for sm_120 would look
+// whether the address is a peer's and call an emulation.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, cuda::std::uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           static_cast<unsigned>(__cvta_generic_to_shared(shared))),
       "l"(global), "r"(bytes), "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "l"(kEvictFirst)
+      : "memory");
+}
+
+// A tensor map (CUtensorMap), encoded by the driver on the host; a kernel gets it as a __grid_constant__ parameter.
+struct alignas(128) TensorMap {
+  char opaque[128];
+};
+
+// Copies the box of `map` whose first element is (c0, c1, c2), innermost first. What lies outside the tensor is filled with
+// zeros; all of the box counts at `barrier`. `shared` is aligned to 128 bytes. One thread issues.
+__device__ __forceinline__ void tensor_copy(
+    void* shared, const TensorMap* map, int c0, int c1, int c2, cuda::std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
+      "l"(kEvictFirst)
       : "memory");
 }
 

@@ -2,6 +2,7 @@
 // Host twin: jit/decoder_block.py. Plan: plan/block.py.
 #include "block/consumer.cuh"
 #include "block/producer.cuh"
+#include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
 
@@ -20,10 +21,19 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(cons
   } else {
     __syncthreads();
   }
+  const bool in_cache = BlockShare<S, kSegment>(arguments).position_is_cached();
   if (threadIdx.x >= S::kThreads) {
-    if (threadIdx.x == S::kThreads) BlockProducer<S, kSegment>(arguments).run(shared.stages, shared.ring);
+    // Reads weights and older tokens only: it need not wait for the launch before this one.
+    if (in_cache && threadIdx.x == S::kThreads) BlockProducer<S, kSegment>(arguments).run(shared.stages, shared.ring);
   } else {
-    Consumer(arguments, shared).run();
+    wait_for_previous_launch();
+    let_next_launch_start();
+    Consumer consumer(arguments, shared);
+    if (in_cache) {
+      consumer.run();
+    } else {
+      consumer.refuse();
+    }
     // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
     // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.
     if constexpr (S::kCluster > 1) {

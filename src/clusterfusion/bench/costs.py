@@ -1,0 +1,33 @@
+"""What a decode step of the layers has to read, and so the time that none can beat on a GPU of known read ceiling."""
+
+from __future__ import annotations
+
+from clusterfusion.architecture import DecoderConfig
+
+ELEMENT_BYTES = 2  # weights and K/V, float16 and bfloat16 alike
+
+
+def layer_weight_bytes(config: DecoderConfig) -> int:
+    """Bytes of one decoder layer's weights: matrices, biases and norms."""
+    return config.layer_parameters * ELEMENT_BYTES
+
+
+def weight_bytes(config: DecoderConfig) -> int:
+    """Bytes of the weights of all layers; no embedding, final norm or LM head."""
+    return config.num_layers * layer_weight_bytes(config)
+
+
+def kv_bytes(config: DecoderConfig, context: int) -> int:
+    """Bytes of the keys and values of `context` cached tokens, all layers together."""
+    return context * config.kv_elements_per_token * ELEMENT_BYTES
+
+
+def step_bytes(config: DecoderConfig, context: int) -> int:
+    """Bytes that one step of the layers reads after `context` cached tokens. Activations, tables and the new token's own
+    keys and values are left out: they stay on chip or count for less than a thousandth."""
+    return weight_bytes(config) + kv_bytes(config, context)
+
+
+def floor_ms(bytes_read: int, read_ceiling: float) -> float:
+    """Milliseconds that reading `bytes_read` takes at `read_ceiling` bytes a second."""
+    return bytes_read / read_ceiling * 1e3

@@ -1,0 +1,81 @@
+"""What `bench layer` is asked to measure, checked before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.engine.arguments import as_int
+from clusterfusion.errors import ArgumentError, UnsupportedModelError
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.plan.block import why_not
+
+DTYPES = ("float16", "bfloat16")
+FEWEST_REPEATS = 100  # a median of fewer is no evidence
+MOST_REPEATS = 100_000
+DEFAULT_CONTEXTS = (16, 512, 1024, 2047)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+    """Checked by `layer_options`. `contexts` are counts of cached tokens; the step's own token stands after them."""
+
+    shape: str
+    config: DecoderConfig  # with `layers` layers
+    contexts: tuple[int, ...]
+    dtype: str
+    repeats: int
+    peers: bool
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_layers
+
+
+def layer_options(
+    shape: str,
+    *,
+    contexts: str | tuple[int, ...] = DEFAULT_CONTEXTS,
+    layers: int | None = None,
+    dtype: str = "float16",
+    repeats: int = FEWEST_REPEATS,
+    peers: bool = True,
+) -> LayerOptions:
+    """The options, checked. `contexts` may be text such as "16,512".
+
+    Raises ArgumentError naming the option, its value and what is needed; UnsupportedModelError for a shape that the
+    kernels do not run.
+    """
+    config = named_shape(shape)
+    obstacle = why_not(config)
+    if obstacle:
+        raise UnsupportedModelError(f"{shape} cannot be measured: {obstacle}")
+    if dtype not in DTYPES:
+        raise ArgumentError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
+    if layers is not None:
+        layers = as_int("layers", layers, 1, config.num_layers)
+        config = dataclasses.replace(config, num_layers=layers)
+    return LayerOptions(
+        shape=shape,
+        config=config,
+        contexts=parse_contexts(contexts, config.max_position - 1),
+        dtype=dtype,
+        repeats=as_int("repeats", repeats, FEWEST_REPEATS, MOST_REPEATS),
+        peers=peers,
+    )
+
+
+def parse_contexts(contexts: str | tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Counts of cached tokens, from text such as "16,512" or as they are. Raises ArgumentError unless each is from 0 to
+    `most`, there is at least one, and none comes twice."""
+    if isinstance(contexts, str):
+        parts = contexts.split(",")
+        if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+            raise ArgumentError(
+                f"contexts is {contexts!r}; it must be numbers of tokens with commas between, as 16,512"
+            )
+        contexts = tuple(map(int, parts))
+    checked = tuple(as_int("contexts", context, 0, most) for context in contexts)
+    if not checked or len(set(checked)) < len(checked):
+        raise ArgumentError(f"contexts is {contexts!r}; it must hold at least one number of tokens, and none twice")
+    return checked

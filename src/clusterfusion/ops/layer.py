@@ -1,0 +1,264 @@
+"""One GPT-NeoX decoder layer at one token, as the torch operator clusterfusion::decoder_layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from clusterfusion import reference
+from clusterfusion.architecture import Activation, DecoderConfig
+from clusterfusion.errors import ArgumentError
+from clusterfusion.ops.layer_checks import (
+    CACHE_SHAPES,
+    cache_views,
+    check_layer,
+    check_qkv,
+    checked_tables,
+    layer_config,
+    require,
+)
+from clusterfusion.ops.layer_launch import (
+    ErrorRecord,
+    LayerBuffers,
+    LayerScratch,
+    RotaryTables,
+    layer_arguments,
+    plan_for,
+    prepare_layer,
+)
+from clusterfusion.weights import LayerWeights, gpt_neox_layer
+
+Form = Literal["fused", "split"]
+FORMS = get_args(Form)
+
+
+def decoder_layer(
+    x: Tensor,
+    layer_weights: LayerWeights,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    rotary_dim: int,
+    eps: float = 1e-5,
+    activation: Activation = "gelu",
+    parallel_residual: bool = True,
+    form: Form = "fused",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One decode step through a GPT-NeoX layer (Black et al. 2022): x' = x + attn(norm1 x) + mlp(norm2 x), or with
+    parallel_residual=False the sequential form. Returns (x', k_new, v_new).
+
+    x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; x' has its shape and
+    dtype. Arithmetic is float32 with operands of the weights' dtype, float16 or bfloat16.
+    layer_weights: matrices output-major, q, k, v fused head by head; `clusterfusion.gpt_neox_layer` makes one of
+    tensors, `Engine.weights.layers` holds a model's. Read where they lie.
+    k_cache, v_cache: keys (rotated) and values of the tokens so far, of the weights' dtype: [heads, max_len, head_dim] or
+    [max_len, heads * head_dim], of any strides that are multiples of 16 bytes. Rows below `position` are read; the new
+    token's are written at row `position` and returned as k_new, v_new [heads, head_dim].
+    position: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on x's device, which
+    one captured CUDA graph then reads anew at each replay. A tensor's value is not looked at before the launch: one out of
+    range leaves x' NaN, the cache untouched, and makes the next call on the device a DeviceError.
+    cos, sin: float32 [rows, rotary_dim / 2] (row `position` is taken; of a single row, that one), or, where the two
+    dimensions of a pair have angles of their own, [rows, rotary_dim or more], of which the first rotary_dim count.
+    form: "fused", one cooperative launch with clusters, or "split", regular launches; the same bits.
+
+    On CUDA tensors it runs on PyTorch's current stream; on CPU tensors the reference runs (position is read then).
+    Beside the results a call takes `BlockPlan.scratch_bytes` of device memory until it has run. Raises ArgumentError
+    naming the argument, UnsupportedModelError for shapes that the kernels do not run, DeviceError and CompileError.
+    """
+    if not isinstance(layer_weights, LayerWeights):
+        raise ArgumentError(
+            f"layer_weights is a {type(layer_weights).__name__}; it must be a LayerWeights, from clusterfusion.gpt_neox_layer"
+        )
+    w = layer_weights
+    if w.qkv_weight is None or w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None:
+        raise ArgumentError("layer_weights is not a GPT-NeoX layer: it must have qkv_weight, norm biases and no gate")
+    # Mixed with tensors on "meta", the operator would only infer shapes.
+    require("x", f"on {x.device}", x.device == w.qkv_weight.device, f"on {w.qkv_weight.device}, where the weights are")
+    return torch.ops.clusterfusion.decoder_layer(
+        x,
+        _position_tensor(position, x, k_cache),
+        w.qkv_weight,
+        w.qkv_bias,
+        w.o_weight,
+        w.o_bias,
+        w.up_weight,
+        w.up_bias,
+        w.down_weight,
+        w.down_bias,
+        w.input_norm_weight,
+        w.input_norm_bias,
+        w.post_norm_weight,
+        w.post_norm_bias,
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        w.q_weight.shape[0],
+        rotary_dim,
+        eps,
+        activation,
+        parallel_residual,
+        form,
+    )
+
+
+def _position_tensor(position: int | Tensor, x: Tensor, k_cache: Tensor) -> Tensor:
+    if isinstance(position, Tensor):
+        return position
+    if k_cache.dim() not in (2, 3):
+        raise ArgumentError(f"k_cache has shape {list(k_cache.shape)}; it must be {CACHE_SHAPES}")
+    max_len = k_cache.shape[-2]
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < max_len:
+        raise ArgumentError(
+            f"position is {position!r}; it must be an int from 0 to {max_len - 1}, the last row of k_cache, or an int32 "
+            "tensor of one element"
+        )
+    return torch.full((1,), position, dtype=torch.int32, device=x.device)
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor position, Tensor qkv_weight, Tensor? qkv_bias, Tensor o_weight, Tensor? o_bias, Tensor up_weight, "
+    "Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor input_norm_weight, Tensor input_norm_bias, "
+    "Tensor post_norm_weight, Tensor post_norm_bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, "
+    "int heads, int rotary_dim, float eps, str activation, bool parallel_residual, str form) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("clusterfusion::decoder_layer", mutates_args=("k_cache", "v_cache"), schema=_SCHEMA)
+@torch.no_grad()
+def _decoder_layer(
+    x: Tensor,
+    position: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    o_weight: Tensor,
+    o_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    input_norm_weight: Tensor,
+    input_norm_bias: Tensor,
+    post_norm_weight: Tensor,
+    post_norm_bias: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    rotary_dim: int,
+    eps: float,
+    activation: str,
+    parallel_residual: bool,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(qkv_weight, qkv_bias, heads)
+    weights = gpt_neox_layer(
+        qkv_weight, qkv_bias, o_weight, o_bias, up_weight, up_bias, down_weight, down_bias,
+        input_norm_weight, input_norm_bias, post_norm_weight, post_norm_bias, heads=heads,
+    )  # fmt: skip
+    check_layer(x, weights, position)
+    k, v = cache_views(k_cache, v_cache, weights)
+    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual)
+    tables = checked_tables(cos, sin, config, x.device)
+    require("form", repr(form), form in FORMS, f"one of {FORMS}")
+    if x.device.type == "cpu":
+        return _on_cpu(config, weights, x, k, v, position, tables)
+    return _on_gpu(config, weights, x, k, v, position, tables, form)
+
+
+@_decoder_layer.register_fake
+def _(
+    x: Tensor,
+    position: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    o_weight: Tensor,
+    o_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    input_norm_weight: Tensor,
+    input_norm_bias: Tensor,
+    post_norm_weight: Tensor,
+    post_norm_bias: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    rotary_dim: int,
+    eps: float,
+    activation: str,
+    parallel_residual: bool,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    new = (heads, qkv_weight.shape[1] // heads)
+    return x.new_empty(x.shape), qkv_weight.new_empty(new), qkv_weight.new_empty(new)
+
+
+def _on_cpu(
+    config: DecoderConfig,
+    weights: LayerWeights,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    tables: RotaryTables,
+) -> tuple[Tensor, Tensor, Tensor]:
+    at, max_len = int(position.item()), k.shape[1]
+    if not 0 <= at < max_len:
+        raise ArgumentError(f"position is {at}; it must be from 0 to {max_len - 1}, the last row of k_cache")
+    half = config.rotary.dim // 2
+    cos, sin = (table[at if tables.row_stride else 0] for table in (tables.cos, tables.sin))
+    second = tables.second_angles
+    cos, sin = (torch.stack((t[:half], t[second : second + half]))[None] for t in (cos, sin))  # [1, 2, half]
+    row = x.reshape(1, -1).float()
+    out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
+    return out.to(x.dtype).reshape(x.shape), k[:, at].clone(), v[:, at].clone()
+
+
+def _on_gpu(
+    config: DecoderConfig,
+    weights: LayerWeights,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    tables: RotaryTables,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = x.device.index
+    plan = plan_for(config, index)
+    error = error_record(index)
+    error.check("This is said once", forget=True)
+    with torch.cuda.device(index):
+        row = dense(x)
+        out = torch.empty_like(row)
+        k_new, v_new = (k.new_empty(k.shape[0], k.shape[2]) for _ in range(2))
+        scratch = LayerScratch(plan, k.dtype, x.device)
+        buffers = LayerBuffers(row, out, k, v, position, tables, k_new, v_new)
+        arguments = layer_arguments(plan, weights, buffers, scratch, error)
+        segments = plan.segments if form == "split" else ("whole",)
+        for launch in prepare_layer(plan, k.dtype, x.dtype, segments, arguments, index):
+            launch()
+    return out.view(x.shape), k_new, v_new
+
+
+@functools.cache
+def error_record(device_index: int) -> ErrorRecord:
+    """The one that all calls on a device share."""
+    return ErrorRecord()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x as a vector that kernels read in 16-byte accesses: itself, or a copy if it is strided or misaligned."""
+    row = x.reshape(-1)
+    return row if row.is_contiguous() and row.data_ptr() % 16 == 0 else row.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,169 @@
+"""What `decoder_layer` asks of its arguments. Every message names the argument, what came and what is needed."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from clusterfusion.architecture import Activation, DecoderConfig, RotaryConfig
+from clusterfusion.errors import ArgumentError
+from clusterfusion.ops.layer_launch import RotaryTables
+from clusterfusion.weights import LayerWeights
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16)
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("gelu", "gelu_tanh")
+CACHE_SHAPES = "[heads, max_len, head_dim] or [max_len, heads * head_dim]"
+
+
+def require(name: str, seen: object, ok: bool, needed: str) -> None:
+    """Raise ArgumentError unless `ok`."""
+    if not ok:
+        raise ArgumentError(f"{name} is {seen}; it must be {needed}")
+
+
+def require_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ArgumentError unless `tensor` is a dense tensor of that shape and dtype, there."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a tensor of shape {list(shape)}")
+    require(name, f"of shape {list(tensor.shape)}", tuple(tensor.shape) == shape, f"of shape {list(shape)}")
+    require(name, tensor.dtype, tensor.dtype == dtype, str(dtype))
+    require(name, f"on {tensor.device}", tensor.device == device, f"on {device}")
+    require(name, f"of strides {tensor.stride()}", tensor.is_contiguous(), "contiguous")
+
+
+def check_qkv(weight: Tensor, bias: Tensor | None, heads: int) -> None:
+    """The fused projection, before it is cut into heads."""
+    shape = list(weight.shape)
+    require("qkv_weight", f"of shape {shape}", len(shape) == 2 and shape[0] == 3 * shape[1], "[3 * hidden, hidden]")
+    require("heads", heads, heads > 0 and shape[1] % heads == 0, f"a divisor of hidden ({shape[1]})")
+    require("qkv_weight", weight.dtype, weight.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
+    require("qkv_weight", f"on {weight.device}", weight.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
+    require_tensor("qkv_weight", weight, (shape[0], shape[1]), weight.dtype, weight.device)
+    if bias is not None:
+        require_tensor("qkv_bias", bias, (shape[0],), weight.dtype, weight.device)
+
+
+def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
+    """The residual vector, the position and all weights, against the fused projection, which check_qkv has seen."""
+    qkv = cast(Tensor, weights.qkv_weight)
+    hidden, dtype, device = qkv.shape[1], qkv.dtype, qkv.device
+    shapes = [(*[1] * n, hidden) for n in range(3)]
+    require("x", f"of shape {list(x.shape)}", tuple(x.shape) in shapes, f"[{hidden}], or that behind ones")
+    require("x", x.dtype, x.dtype in X_DTYPES, "torch.float16, torch.bfloat16 or torch.float32")
+    require("x", f"on {x.device}", x.device == device, f"on {device}, where the weights are")
+    require("position", f"of shape {list(position.shape)}", position.numel() == 1, "an int, or a tensor of one element")
+    require("position", position.dtype, position.dtype == torch.int32, "an int, or an int32 tensor")
+    require("position", f"on {position.device}", position.device == device, f"on {device}")
+    up = weights.up_weight
+    require("up_weight", f"of shape {list(up.shape)}", up.dim() == 2, f"[intermediate, {hidden}]")
+    intermediate = up.shape[0]
+    expected = {
+        "o_weight": (hidden, hidden),
+        "o_bias": (hidden,),
+        "up_weight": (intermediate, hidden),
+        "up_bias": (intermediate,),
+        "down_weight": (hidden, intermediate),
+        "down_bias": (hidden,),
+        "input_norm_weight": (hidden,),
+        "input_norm_bias": (hidden,),
+        "post_norm_weight": (hidden,),
+        "post_norm_bias": (hidden,),
+    }
+    for name, shape in expected.items():
+        tensor = getattr(weights, name)
+        if tensor is not None:
+            require_tensor(name, tensor, shape, dtype, device)
+
+
+def cache_views(k_cache: Tensor, v_cache: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+    """Both caches as [heads, max_len, head_dim], without copies."""
+    heads, head_dim, _ = weights.q_weight.shape
+    views = []
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        shape = list(cache.shape)
+        needed = f"[{heads}, max_len, {head_dim}] or [max_len, {heads * head_dim}]"
+        ok = (len(shape) == 3 and shape[0] == heads and shape[2] == head_dim) or (
+            len(shape) == 2 and shape[1] == heads * head_dim
+        )
+        require(name, f"of shape {shape}", ok and shape[-2] > 0, needed)
+        require(
+            name, cache.dtype, cache.dtype == weights.q_weight.dtype, f"{weights.q_weight.dtype}, as the weights are"
+        )
+        require(name, f"on {cache.device}", cache.device == weights.q_weight.device, f"on {weights.q_weight.device}")
+        require(name, f"of strides {cache.stride()}", cache.stride(-1) == 1, "dense in its last dimension")
+        views.append(cache.unflatten(1, (heads, head_dim)).transpose(0, 1) if len(shape) == 2 else cache)
+    k, v = views
+    same = v_cache.shape == k_cache.shape and v.stride() == k.stride()
+    require(
+        "v_cache",
+        f"of shape {list(v_cache.shape)} and strides {v_cache.stride()}",
+        same,
+        f"laid out as k_cache is: shape {list(k_cache.shape)}, strides {k_cache.stride()}",
+    )
+    return k, v
+
+
+def checked_tables(cos: Tensor, sin: Tensor, config: DecoderConfig, device: torch.device) -> RotaryTables:
+    """cos and sin as the kernels take them."""
+    dim, max_len = config.rotary.dim, config.max_position
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = list(table.shape)
+        wide_enough = len(shape) == 2 and (shape[1] == dim // 2 or shape[1] >= dim)
+        require(
+            name,
+            f"of shape {shape}",
+            wide_enough,
+            f"[rows, {dim // 2}] or [rows, {dim} or more], rotary_dim being {dim}",
+        )
+        rows_ok = shape[0] == 1 or shape[0] >= max_len
+        require(name, f"of {shape[0]} rows", rows_ok, f"of one row, or of at least {max_len}, as the cache has")
+        require(name, table.dtype, table.dtype == torch.float32, "torch.float32")
+        require(name, f"on {table.device}", table.device == device, f"on {device}")
+        require(
+            name, f"of strides {table.stride()}", shape[1] <= 1 or table.stride(1) == 1, "dense in its last dimension"
+        )
+    require(
+        "sin",
+        f"of shape {list(sin.shape)} and strides {sin.stride()}",
+        sin.shape == cos.shape and sin.stride() == cos.stride(),
+        f"laid out as cos is: shape {list(cos.shape)}, strides {cos.stride()}",
+    )
+    per_dimension = dim > 0 and cos.shape[1] != dim // 2
+    return RotaryTables(cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0, dim // 2 if per_dimension else 0)
+
+
+def layer_config(
+    weights: LayerWeights, max_len: int, rotary_dim: int, eps: float, activation: str, parallel_residual: bool
+) -> DecoderConfig:
+    """What the layer is, with placeholders for what concerns a whole model."""
+    heads, head_dim, hidden = weights.q_weight.shape
+    require(
+        "rotary_dim", rotary_dim, 0 <= rotary_dim <= head_dim and rotary_dim % 2 == 0, f"even, from 0 to {head_dim}"
+    )
+    require("eps", eps, math.isfinite(eps) and eps > 0, "a positive number")
+    require("activation", repr(activation), activation in ACTIVATIONS, f"one of {ACTIVATIONS}")
+    return DecoderConfig(
+        family="gpt_neox",
+        vocab_size=1,
+        hidden_size=hidden,
+        intermediate_size=weights.up_weight.shape[0],
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        max_position=max_len,
+        rotary=RotaryConfig(nominal_dim=rotary_dim),
+        norm="layer_norm",
+        norm_eps=eps,
+        activation=cast(Activation, activation),
+        gated_mlp=False,
+        parallel_residual=parallel_residual,
+        attention_bias=weights.qkv_bias is not None,
+        mlp_bias=weights.up_bias is not None,
+        tied_embeddings=False,
+        fused_qkv=True,
+    )

@@ -1,0 +1,211 @@
+"""What a launch of the decoder-layer program needs beside the plan: scratch memory, an error record, and the arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.errors import DeviceError, UnsupportedModelError
+from clusterfusion.jit.decoder_block import ERROR_WORDS, ElementType, LayerArguments, cache_map, prepare
+from clusterfusion.jit.device import architecture_of, device_limits
+from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
+from clusterfusion.plan.block import COUNTER_WORDS, PARTIAL_PADDING, Segment
+from clusterfusion.weights import LayerWeights
+
+ALIGNMENT = 16  # bytes; of whatever bulk copies read
+ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
+_DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")
+_BAD_POSITION = len(_DEPENDENCIES) + 1
+
+
+@functools.lru_cache(maxsize=64)
+def plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
+    """The plan of a model's layers on a GPU. Raises UnsupportedModelError or DeviceError saying what rules it out."""
+    limits = device_limits(device_index)
+    architecture_of(limits.compute_capability, limits.name)
+    return plan_block(config, PlanLimits(limits.name, limits.multiprocessors, limits.shared_bytes_per_block))
+
+
+class ErrorRecord:
+    """Where launches say that they gave up. In host memory that the GPU writes to: looking costs no synchronisation."""
+
+    @torch.inference_mode(False)
+    def __init__(self) -> None:
+        self._words = torch.zeros(ERROR_WORDS, dtype=torch.int32, device="cpu", pin_memory=True)
+
+    @property
+    def address(self) -> int:
+        return self._words.data_ptr()
+
+    def check(self, way_out: str, *, forget: bool = False) -> None:
+        """Raise DeviceError if a launch that has ended gave up; the message ends in `way_out`. `forget`: only once."""
+        which, cta, expected, seen, *_ = self._words.tolist()
+        if which and forget:
+            self._words.zero_()
+        if which == _BAD_POSITION:
+            raise DeviceError(
+                f"an earlier decode step was asked for position {seen} of a cache of {expected} tokens; it did nothing, and "
+                f"its output is NaN. {way_out}"
+            )
+        if which:
+            raise DeviceError(
+                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]}: CTA {cta} saw {seen} arrivals of "
+                f"{expected}; results since then are wrong. {way_out}"
+            )
+
+
+class LayerScratch:
+    """Device memory of one layer launch at a time: `plan.scratch_bytes`. Zero counters, as before a first launch."""
+
+    @torch.inference_mode(False)  # written in place later, in whatever mode the caller is in then
+    def __init__(self, plan: BlockPlan, weight_dtype: torch.dtype, device: torch.device) -> None:
+        c = plan.config
+
+        def floats(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.float32, device=device)
+
+        self.tensors = {
+            "qkv": floats(3 * c.hidden_size),
+            "partials": floats(c.num_heads * plan.partials_per_head * (c.head_dim + PARTIAL_PADDING)),
+            "middle": floats(c.hidden_size),
+            "h": torch.empty(c.intermediate_size, dtype=weight_dtype, device=device),
+            "counters": torch.zeros(COUNTER_WORDS, dtype=torch.int32, device=device),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin, float32, a row a position, `row_stride` elements apart (0: one row, for the current position).
+
+    A row holds an angle for each pair of dimensions (i, i + rotary_dim / 2). With `second_angles` the second dimensions
+    of the pairs have angles of their own, which start there in the row.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    row_stride: int
+    second_angles: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBuffers:
+    """Where a launch reads and writes beside weights: all on the GPU, all of the shapes that LayerArguments gives."""
+
+    x: Tensor
+    out: Tensor
+    k_cache: Tensor  # [heads, max_len, head_dim], any strides between heads and tokens
+    v_cache: Tensor
+    position: Tensor  # [1], int32
+    tables: RotaryTables
+    k_new: Tensor | None = None
+    v_new: Tensor | None = None
+
+
+def layer_arguments(
+    plan: BlockPlan, weights: LayerWeights, buffers: LayerBuffers, scratch: LayerScratch, error: ErrorRecord
+) -> LayerArguments:
+    """The kernel's arguments. Raises UnsupportedModelError for tensors that cannot be read where they lie.
+
+    They hold addresses: the caller keeps the tensors alive for as long as it launches.
+    """
+    dtype = ELEMENT_TYPES[weights.o_weight.dtype]
+    k, v = buffers.k_cache, buffers.v_cache
+    require_streamable_cache(k, v)
+    return LayerArguments(
+        k_map=cache_map(plan, dtype, k),
+        v_map=cache_map(plan, dtype, v),
+        norm1_weight=address("input_norm_weight", weights.input_norm_weight),
+        norm1_bias=address("input_norm_bias", weights.input_norm_bias),
+        norm2_weight=address("post_norm_weight", weights.post_norm_weight),
+        norm2_bias=address("post_norm_bias", weights.post_norm_bias),
+        qkv_weight=address("qkv_weight", weights.qkv_weight),
+        qkv_bias=address("qkv_bias", weights.qkv_bias),
+        o_weight=address("o_weight", weights.o_weight),
+        o_bias=address("o_bias", weights.o_bias),
+        up_weight=address("up_weight", weights.up_weight),
+        up_bias=address("up_bias", weights.up_bias),
+        down_weight=address("down_weight", weights.down_weight),
+        down_bias=address("down_bias", weights.down_bias),
+        k_cache=k.data_ptr(),
+        v_cache=v.data_ptr(),
+        head_stride=k.stride(0),
+        token_stride=k.stride(1),
+        cos=buffers.tables.cos.data_ptr(),
+        sin=buffers.tables.sin.data_ptr(),
+        table_stride=buffers.tables.row_stride,
+        second_angles=buffers.tables.second_angles,
+        position=buffers.position.data_ptr(),
+        x=buffers.x.data_ptr(),
+        out=buffers.out.data_ptr(),
+        k_new=None if buffers.k_new is None else buffers.k_new.data_ptr(),
+        v_new=None if buffers.v_new is None else buffers.v_new.data_ptr(),
+        error=error.address,
+        eps=plan.config.norm_eps,
+        max_len=k.shape[1],
+        **{name: tensor.data_ptr() for name, tensor in scratch.tensors.items()},
+    )
+
+
+def prepare_layer(
+    plan: BlockPlan,
+    weight_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    segments: tuple[Segment, ...],
+    arguments: LayerArguments,
+    device_index: int,
+    *,
+    follows_layer: bool = False,
+) -> list[Callable[[], None]]:
+    """The launches of `segments`, in order. Each starts while the one before it ends; the first one only with
+    `follows_layer`: then what is ahead of it on the stream must be such a launch too."""
+    return [
+        prepare(
+            plan,
+            ELEMENT_TYPES[weight_dtype],
+            ELEMENT_TYPES[x_dtype],
+            segment,
+            arguments,
+            device_index,
+            overlaps_previous=follows_layer or place > 0,
+        )
+        for place, segment in enumerate(segments)
+    ]
+
+
+def require_streamable_cache(k: Tensor, v: Tensor) -> None:
+    """Raise UnsupportedModelError unless a layer's K/V cache can be fetched by tensor copies, keys and values alike."""
+    for tensor in (k, v):
+        strides = tensor.stride()
+        dense = strides[-1] == 1 and all(stride * tensor.element_size() % ALIGNMENT == 0 for stride in strides[:-1])
+        if not dense or strides != k.stride() or tensor.data_ptr() % ALIGNMENT:
+            raise UnsupportedModelError(
+                f"a K/V cache of strides {strides} cannot be streamed: heads must be dense, all strides multiples of "
+                f"{ALIGNMENT} bytes, keys and values alike"
+            )
+
+
+def address(name: str, tensor: Tensor | None) -> int | None:
+    """Of a weight tensor, dense and aligned. Raises UnsupportedModelError for one that is not."""
+    if tensor is None:
+        return None
+    pointer = tensor.data_ptr()
+    if not tensor.is_contiguous():
+        raise UnsupportedModelError(
+            f"{name} of shape {list(tensor.shape)} has strides {tensor.stride()}; the kernels read dense rows: "
+            "make it contiguous, or use the reference"
+        )
+    if pointer % ALIGNMENT:
+        raise UnsupportedModelError(
+            f"{name} of shape {list(tensor.shape)} lies at an address that is no multiple of {ALIGNMENT} bytes; "
+            "clone it, or use the reference"
+        )
+    return pointer

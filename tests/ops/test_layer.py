@@ -1,0 +1,240 @@
+"""decoder_layer on the CPU: the reference's mathematics, both cache layouts, the operator's contract, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clusterfusion
+from clusterfusion import reference
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.errors import ArgumentError
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.random_weights import random_weights
+from clusterfusion.weights import LayerWeights
+
+CPU = torch.device("cpu")
+ROOM = 40
+
+
+def small(**changes: Any) -> DecoderConfig:
+    changes = {"num_layers": 1, "vocab_size": 64, "max_position": ROOM} | changes
+    return dataclasses.replace(named_shape("pythia-14m"), **changes)
+
+
+class Case:
+    """A layer, a cache of noise, and a call's arguments."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float16, x_dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> None:
+        self.config = small(**changes)
+        self.weights = random_weights(self.config, seed=3, dtype=dtype, device=CPU).layers[0]
+        generator = torch.Generator().manual_seed(5)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        c = self.config
+        self.x = noise(1, c.hidden_size).to(x_dtype)
+        self.k, self.v = (noise(c.num_heads, ROOM, c.head_dim).to(dtype) for _ in range(2))
+        self.cos, self.sin = reference.rotary_tables(c.rotary, torch.arange(ROOM), torch.float32)
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "x": self.x,
+            "layer_weights": self.weights,
+            "k_cache": self.k,
+            "v_cache": self.v,
+            "position": 7,
+            "cos": self.cos,
+            "sin": self.sin,
+            "rotary_dim": self.config.rotary.dim,
+            "eps": self.config.norm_eps,
+            "activation": self.config.activation,
+            "parallel_residual": self.config.parallel_residual,
+        } | changes
+
+    def call(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return clusterfusion.decoder_layer(**self.arguments(**changes))
+
+
+def token_major(cache: Tensor) -> Tensor:
+    """[heads, max_len, head_dim] as the seed lays it out: [max_len, heads * head_dim]."""
+    return cache.transpose(0, 1).flatten(1).contiguous()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"parallel_residual": False}, {"activation": "gelu_tanh"}, {"attention_bias": False, "mlp_bias": False}],
+)
+@pytest.mark.parametrize("position", [0, 7, ROOM - 1])
+def test_it_is_the_reference_layer(changes: dict[str, Any], position: int) -> None:
+    case = Case(**changes)
+    k, v = case.k.clone(), case.v.clone()
+    cos, sin = case.cos[position : position + 1], case.sin[position : position + 1]
+    expected = reference.decoder_layer(case.config, case.weights, case.x, cos, sin, k, v, position, dtype=torch.float16)
+    out, k_new, v_new = case.call(position=position)
+    assert torch.equal(out, expected)
+    assert torch.equal(k_new, k[:, position]) and torch.equal(v_new, v[:, position])
+    assert torch.equal(case.k, k) and torch.equal(case.v, v), "the new token is in the cache, the others are untouched"
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_output_has_the_dtype_and_shape_of_x(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    case = Case(dtype, x_dtype)
+    for shape in ((-1,), (1, -1), (1, 1, -1)):
+        x = case.x.reshape(shape)
+        out, k_new, v_new = case.call(x=x)
+        assert (out.shape, out.dtype) == (x.shape, x_dtype)
+        assert k_new.shape == v_new.shape == (case.config.num_heads, case.config.head_dim)
+        assert k_new.dtype == dtype
+
+
+def test_cache_layouts_and_tables_give_the_same_bits() -> None:
+    case = Case()
+    expected = case.call()
+    rotary_dim, half = case.config.rotary.dim, case.config.rotary.dim // 2
+    wide = [torch.cat((t, t, torch.full((ROOM, 5), 9.0)), dim=1) for t in (case.cos, case.sin)]
+    fresh = Case()
+    got = fresh.call(
+        k_cache=token_major(fresh.k),
+        v_cache=token_major(fresh.v),
+        position=torch.tensor([7], dtype=torch.int32),
+        cos=wide[0][7:8],
+        sin=wide[1][7:8],
+    )
+    assert rotary_dim == 2 * half
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    fresh = Case()
+    got = fresh.call(cos=wide[0], sin=wide[1])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_second_dimensions_of_pairs_may_have_angles_of_their_own() -> None:
+    case = Case()
+    d, c = case.config.rotary.dim, case.config
+    angles = torch.rand(1, d) * 6
+    x = case.x.double()
+    normed = torch.nn.functional.layer_norm(
+        x, (c.hidden_size,), case.weights.input_norm_weight.double(), case.weights.input_norm_bias.double(), c.norm_eps
+    )
+    k = torch.einsum("hdi,i->hd", case.weights.k_weight.double(), normed[0]) + case.weights.k_bias.double()
+    turned = torch.cat((-k[:, d // 2 : d], k[:, : d // 2]), dim=1)
+    expected = torch.cat((k[:, :d] * angles.cos() + turned * angles.sin(), k[:, d:]), dim=1)
+    _, k_new, _ = case.call(cos=angles.cos(), sin=angles.sin())
+    torch.testing.assert_close(k_new.double(), expected, rtol=0, atol=5e-3)
+
+
+def operator_arguments(case: Case) -> tuple[Any, ...]:
+    w, c = case.weights, case.config
+    return (
+        case.x,
+        torch.tensor([7], dtype=torch.int32),
+        *(w.qkv_weight, w.qkv_bias, w.o_weight, w.o_bias, w.up_weight, w.up_bias, w.down_weight, w.down_bias),
+        *(w.input_norm_weight, w.input_norm_bias, w.post_norm_weight, w.post_norm_bias),
+        *(case.k, case.v, case.cos, case.sin),
+        *(c.num_heads, c.rotary.dim, c.norm_eps, c.activation, c.parallel_residual, "fused"),
+    )
+
+
+def test_the_operator_passes_opcheck() -> None:
+    for case in (Case(), Case(torch.bfloat16, torch.bfloat16, attention_bias=False)):
+        results = torch.library.opcheck(torch.ops.clusterfusion.decoder_layer.default, operator_arguments(case))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_it_can_be_compiled() -> None:
+    case, plain = Case(), Case()
+
+    def two_steps(x: Tensor, position: Tensor) -> Tensor:
+        x = clusterfusion.decoder_layer(**case.arguments(x=x, position=position))[0] * 2
+        return clusterfusion.decoder_layer(**case.arguments(x=x, position=position + 1))[0]
+
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
+    for position in (0, 3, 9):
+        got = compiled(case.x, torch.tensor([position], dtype=torch.int32))
+        x = plain.call(position=position)[0] * 2
+        assert torch.equal(got, plain.call(x=x, position=position + 1)[0])
+        assert torch.equal(case.k, plain.k) and torch.equal(case.v, plain.v)
+
+
+def replaced(name: str, change: Callable[[Tensor], Any]) -> Callable[[Case], dict[str, Any]]:
+    """Changes one tensor of the layer."""
+    return lambda case: {
+        "layer_weights": dataclasses.replace(case.weights, **{name: change(getattr(case.weights, name))})
+    }
+
+
+BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
+    "x too short": (lambda c: {"x": c.x[:, :-1]}, r"x is of shape \[1, 127\]; it must be \[128\]"),
+    "two rows": (lambda c: {"x": c.x.expand(2, -1)}, r"x is of shape \[2, 128\]"),
+    "x in float64": (lambda c: {"x": c.x.double()}, "x is torch.float64"),
+    "x elsewhere": (lambda c: {"x": c.x.to("meta")}, "x is on meta"),
+    "position at the end": (lambda c: {"position": ROOM}, "position is 40; it must be an int from 0 to 39"),
+    "negative position": (lambda c: {"position": -1}, "position is -1"),
+    "position True": (lambda c: {"position": True}, "position is True"),
+    "position 1.0": (lambda c: {"position": 1.0}, "position is 1.0"),
+    "wide position": (lambda c: {"position": torch.tensor([1])}, "position is torch.int64"),
+    "two positions": (lambda c: {"position": torch.zeros(2, dtype=torch.int32)}, r"position is of shape \[2\]"),
+    "tensor out of range": (lambda c: {"position": torch.tensor(ROOM, dtype=torch.int32)}, "position is 40"),
+    "weights of a dict": (lambda c: {"layer_weights": {}}, "layer_weights is a dict"),
+    "a gated layer": (replaced("gate_weight", lambda t: torch.zeros(1)), "no gate"),
+    "no fused matrix": (replaced("qkv_weight", lambda t: None), "qkv_weight"),
+    "fp32 weights": (replaced("qkv_weight", lambda t: t.float()), "qkv_weight is torch.float32"),
+    "short qkv": (replaced("qkv_weight", lambda t: t[:-3]), "qkv_weight is of shape"),
+    "strided o": (replaced("o_weight", lambda t: t.t()), "o_weight is of strides"),
+    "o of another dtype": (replaced("o_weight", lambda t: t.bfloat16()), "o_weight is torch.bfloat16"),
+    "short up": (replaced("up_weight", lambda t: t[:-8]), "up_bias is of shape"),
+    "flat up": (replaced("up_weight", lambda t: t.flatten()), "up_weight is of shape"),
+    "short down bias": (replaced("down_bias", lambda t: t[:-1]), "down_bias is of shape"),
+    "square norm": (replaced("input_norm_weight", lambda t: t.expand(2, -1)), "input_norm_weight is of shape"),
+    "flat cache": (lambda c: {"k_cache": c.k.flatten()}, "k_cache has shape"),
+    "cache of fewer heads": (lambda c: {"k_cache": c.k[1:]}, "k_cache is of shape"),
+    "v shorter": (lambda c: {"v_cache": c.v[:, :-1]}, "v_cache is of shape"),
+    "v of another layout": (lambda c: {"v_cache": token_major(c.v)}, "v_cache is of shape"),
+    "v of another dtype": (lambda c: {"v_cache": c.v.float()}, "v_cache is torch.float32"),
+    "cache backwards": (
+        lambda c: {"k_cache": c.k.transpose(1, 2).contiguous().transpose(1, 2)},
+        "k_cache is of strides",
+    ),
+    "narrow tables": (lambda c: {"cos": c.cos[:, :-1]}, "cos is of shape"),
+    "short tables": (lambda c: {"cos": c.cos[:-1], "sin": c.sin[:-1]}, "cos is of 39 rows"),
+    "tables unlike": (lambda c: {"sin": c.sin[:1]}, "sin is of shape"),
+    "tables in half": (lambda c: {"cos": c.cos.half()}, "cos is torch.float16"),
+    "odd rotary": (lambda c: {"rotary_dim": 3}, "rotary_dim is 3"),
+    "rotary too wide": (lambda c: {"rotary_dim": 34}, "rotary_dim is 34"),
+    "no eps": (lambda c: {"eps": 0.0}, "eps is 0.0"),
+    "NaN eps": (lambda c: {"eps": float("nan")}, "eps is nan"),
+    "silu": (lambda c: {"activation": "silu"}, "activation is 'silu'"),
+    "unknown form": (lambda c: {"form": "graph"}, "form is 'graph'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name: str) -> None:
+    change, message = BAD[name]
+    case = Case()
+    k, v = case.k.clone(), case.v.clone()
+    with pytest.raises(ArgumentError, match=message):
+        case.call(**change(case))
+    assert torch.equal(case.k, k) and torch.equal(case.v, v)
+
+
+def test_a_layer_of_a_loaded_model_can_be_passed_on() -> None:
+    engine = clusterfusion.load("demo", dtype="float16", device="cpu")
+    layer = engine.weights.layers[0]
+    assert isinstance(layer, LayerWeights)
+    c = engine.config
+    cos, sin = reference.rotary_tables(c.rotary, torch.arange(8), torch.float32)
+    k, v = (torch.zeros(8, c.hidden_size, dtype=torch.float16) for _ in range(2))
+    out, _, _ = clusterfusion.decoder_layer(
+        torch.ones(c.hidden_size), layer, k, v, 0, cos, sin, rotary_dim=c.rotary.dim, eps=c.norm_eps
+    )
+    assert torch.isfinite(out).all() and k[0].any() and not k[1:].any()
