@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,36 @@ def test_a_wrong_tensor_is_named_with_its_file(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "value", "fits"),
+    [
+        (torch.float32, torch.float16, 7e4, "bfloat16"),
+        (torch.float32, torch.float16, -65520.0, "bfloat16"),
+        (torch.float32, torch.bfloat16, 3.4e38, "float32"),
+        (torch.float64, torch.float32, -1e39, "float64"),
+    ],
+)
+def test_values_that_the_wanted_dtype_cannot_hold(
+    tmp_path: Path, stored: torch.dtype, asked: torch.dtype, value: float, fits: str
+) -> None:
+    tiny_gpt_neox().to(stored).save_pretrained(tmp_path)
+    rewrite(tmp_path, replace(LAYER_0_DENSE, poison(value)))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_folder(tmp_path, dtype=asked, device=CPU)
+    name = str(asked).removeprefix("torch.")
+    assert str(caught.value) == (
+        f"{LAYER_0_DENSE} in {tmp_path / 'model.safetensors'} holds {value:g}, which {name} cannot hold; "
+        f"load with dtype='{fits}'"
+    )
+    for dtype in (getattr(torch, fits), None):
+        assert checkpoint.load_folder(tmp_path, dtype=dtype, device=CPU).layers[0].o_weight.isfinite().all()
+
+
+def test_values_that_round_to_the_largest_are_held(folder: Path) -> None:
+    rewrite(folder, replace(LAYER_0_DENSE, poison(65519.0)))
+    assert checkpoint.load_folder(folder, dtype=torch.float16, device=CPU).layers[0].o_weight.max() == 65504
+
+
 def truncate(path: Path, keep: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
@@ -276,8 +307,9 @@ def test_folder_without_weights(folder: Path) -> None:
 def test_unimplemented_field_of_a_real_folder(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"sliding_window": 512}))
-    with pytest.raises(UnsupportedModelError, match="sliding_window = 512"):
+    with pytest.raises(UnsupportedModelError, match="sliding_window = 512") as caught:
         load(folder)
+    assert str(folder / "config.json") in str(caught.value)
 
 
 def test_transformers_models_that_cannot_be_taken() -> None:
@@ -289,6 +321,10 @@ def test_transformers_models_that_cannot_be_taken() -> None:
         checkpoint.load_transformers_model(model)
     with pytest.raises(CheckpointError, match="meta"):
         checkpoint.load_transformers_model(tiny_gpt_neox().to("meta"))
+    quantised = tiny_gpt_neox()
+    quantised.state_dict = lambda: {"a.weight": torch.ones(2), "b.dtype": torch.qint8}  # as torch.ao's dynamic modules
+    with pytest.raises(CheckpointError, match=r"b.dtype in GPTNeoXForCausalLM is dtype, not a tensor"):
+        clusterfusion.load(quantised)
     poisoned = tiny_gpt_neox()
     with torch.no_grad():
         poisoned.lm_head.weight[3, 3] = torch.nan
@@ -302,6 +338,7 @@ def test_transformers_models_that_cannot_be_taken() -> None:
         ("no-such-folder", CheckpointError, "neither a folder here nor a hub id"),
         ("", CheckpointError, "neither a folder"),
         ("./a/b/c", CheckpointError, "neither a folder"),
+        ("~nosuchuser/x", CheckpointError, "'~nosuchuser/x' is no folder here"),
         ("pythia-2.8b", ArgumentError, "random_weights='pythia-2.8b'"),
         (7, ArgumentError, "model is int"),
         (torch.nn.Linear(2, 2), ArgumentError, "model is Linear"),
@@ -331,6 +368,7 @@ def test_hub_ids_go_to_the_hub_client(folder: Path, monkeypatch: pytest.MonkeyPa
     assert [call[:2] for call in calls] == [("someone/some-model", "step1000")]
     assert "model*.safetensors" in calls[0][2]
     assert not any("bin" in pattern for pattern in calls[0][2])
+    assert {"*.json", "tokenizer.model", "merges.txt"} <= set(calls[0][2])
 
     def no_network(repo_id: str, **_: Any) -> str:
         raise ConnectionError("no route to host\nsecond line")
@@ -338,3 +376,33 @@ def test_hub_ids_go_to_the_hub_client(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
     with pytest.raises(CheckpointError, match=r"'someone/other' is no local folder.*no route to host \("):
         clusterfusion.load("someone/other")
+
+
+@pytest.mark.parametrize("absent", ["config.json", "model.safetensors", "a shard", "a tokenizer"])
+def test_an_incomplete_cached_copy_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+    """Without a network the hub client gives what an earlier, interrupted download left."""
+    save_in_form(tiny_gpt_neox(), tmp_path, "sharded safetensors" if absent == "a shard" else "safetensors")
+    if absent != "a tokenizer":
+        (next(tmp_path.glob("model-*")) if absent == "a shard" else tmp_path / absent).unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: str(tmp_path))
+    wanted = "the cached copy of someone/some-model is incomplete.* connect to the network and run again"
+    with pytest.raises(ArgumentError if absent == "a tokenizer" else CheckpointError, match=wanted):
+        clusterfusion.load("someone/some-model").encode("text")
+    with pytest.raises((ArgumentError, CheckpointError)) as caught:
+        clusterfusion.load(tmp_path).encode("text")
+    assert "cached copy of" not in str(caught.value)
+
+
+def test_a_process_without_a_stderr_downloads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import enable_progress_bars, tqdm
+
+    def snapshot_download(repo_id: str, **_: Any) -> str:
+        list(tqdm(range(3)))  # as the real one does
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        assert clusterfusion.load("someone/some-model").weights.config.hidden_size == 32
+    finally:
+        enable_progress_bars()

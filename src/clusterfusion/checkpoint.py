@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.errors import ArgumentError, CheckpointError
+from clusterfusion.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from clusterfusion.weights import LM_HEAD, NAMES, DecoderWeights, assemble, expected_tensors
 
 # Buffers of older checkpoints that the model rebuilds from its config.
@@ -29,6 +30,10 @@ _REBUILT = re.compile(
 _ALIASES = {"embed_out.weight": LM_HEAD}
 _MOST_COMPLAINTS = 5
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class MissingFileError(CheckpointError):
+    """A checkpoint lacks a file that it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,10 @@ def read_config_file(folder: Path) -> DecoderConfig:
     """The DecoderConfig of a checkpoint folder."""
     path = folder / "config.json"
     raw = _read_json(path)
-    return DecoderConfig.from_dict(raw)
+    try:
+        return DecoderConfig.from_dict(raw)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error} (in {path})") from None
 
 
 def read_eos_token_ids(folder: Path, config: DecoderConfig) -> tuple[int, ...]:
@@ -88,7 +96,7 @@ def load_folder(
                 host = entry.read()
             except Exception as error:  # the file is mapped lazily: damage shows at the read
                 raise CheckpointError(f"{entry.name} in {entry.file} cannot be read: {error}") from error
-            _check_finite(host, entry.name, str(entry.file))
+            _check_finite(host, entry.name, str(entry.file), target)
             # Always a copy: files are mapped, and whoever rewrites one later must not change or crash a loaded model.
             tensors[name] = host.to(device=device, dtype=target, copy=True).contiguous()
             on_bytes(tensors[name].nbytes)
@@ -104,14 +112,8 @@ def load_transformers_model(model: Any) -> DecoderWeights:
     """
     config = DecoderConfig.from_dict(model.config.to_dict())
     source = type(model).__name__
-    stored = match_tensors(
-        config,
-        [
-            StoredTensor(name, Path(source), tuple(tensor.shape), str(tensor.dtype), functools.partial(_itself, tensor))
-            for name, tensor in model.state_dict().items()
-        ],
-        source,
-    )
+    entries = [_in_memory(name, tensor, Path(source)) for name, tensor in model.state_dict().items()]
+    stored = match_tensors(config, entries, source)
     tensors = {name: entry.read() for name, entry in stored.items()}
     for what, values in (
         ("device", {t.device for t in tensors.values()}),
@@ -120,9 +122,7 @@ def load_transformers_model(model: Any) -> DecoderWeights:
         if len(values) > 1:
             raise CheckpointError(f"{source} has tensors of several {what}s ({_listed(values)}); move it to one first")
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} in {source} has no storage (meta device); load the model's weights first")
-        _check_finite(tensor, name, source)
+        _check_finite(tensor, name, source, tensor.dtype)
     _check_tied(config, tensors, source)
     return assemble(config, tensors)
 
@@ -163,24 +163,42 @@ def locate(model: str) -> Path:
 
     Raises CheckpointError saying what was looked for, and where.
     """
-    path = Path(model).expanduser()
     try:
+        path = Path(model).expanduser()
         if model and path.is_dir():
             return path
         if model and path.exists():
             raise CheckpointError(f"{model!r} is a file; a checkpoint is a folder with config.json and the weights")
     except OSError as error:
         raise CheckpointError(f"model of {len(model)} characters is no folder's name: {error.strerror}") from error
+    except RuntimeError as error:  # there is no such user
+        raise CheckpointError(f"{model!r} is no folder here: {error}") from error
     if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model!r} is neither a folder here nor a hub id of the form owner/name")
     repo_id, _, revision = model.partition("@")
     return _download(repo_id, revision or None)
 
 
+def explain_missing(model: str) -> str:
+    """What to say after naming a file that is missing from where `locate` found `model`; "" for a local folder.
+
+    Without a network the hub client gives whatever an earlier download left.
+    """
+    if not HUB_ID.fullmatch(model) or Path(model).is_dir():
+        return ""
+    return (
+        f"; the cached copy of {model} is incomplete, or the repository lacks the file: "
+        "connect to the network and run again"
+    )
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    common = ["*.json", "tokenizer.model"]
+    if sys.stderr is None:  # a daemon: the client would write its bars all the same
+        disable_progress_bars()
+    common = ["*.json", "tokenizer.model", "merges.txt"]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*common, "model*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
@@ -205,7 +223,7 @@ def _open_weights(folder: Path, files: contextlib.ExitStack) -> list[StoredTenso
         return list(_open_pickle(single_bin))
     if sharded_bin.is_file():
         return _open_shards(sharded_bin, _open_pickle)
-    raise CheckpointError(
+    raise MissingFileError(
         f"{folder} holds no weights: looked for {single.name}, {sharded.name}, {single_bin.name}, {sharded_bin.name}"
     )
 
@@ -221,7 +239,9 @@ def _open_shards(index: Path, open_file: Callable[[Path], Iterator[StoredTensor]
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} says that {names[0]} lies in {shard!r}; it must be a file beside the index")
         if not _is_file(path):
-            raise CheckpointError(f"{path} is missing; {index.name} says it holds {names[0]} and {len(names) - 1} more")
+            raise MissingFileError(
+                f"{path} is missing; {index.name} says it holds {names[0]} and {len(names) - 1} more"
+            )
         entries += open_file(path)
     held = {entry.name for entry in entries}
     for name, shard in weight_map.items():
@@ -267,13 +287,20 @@ def _open_pickle(path: Path) -> Iterator[StoredTensor]:
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise CheckpointError(f"{path} holds a tensor under {name!r}; tensors are named by strings")
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} in {path} is {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(
-                f"{name} in {path} is {tensor.layout} on {tensor.device}; it must be dense, with values"
-            )
-        yield StoredTensor(name, path, tuple(tensor.shape), str(tensor.dtype), functools.partial(_itself, tensor))
+        yield _in_memory(name, tensor, path)
+
+
+def _in_memory(name: str, tensor: object, source: Path) -> StoredTensor:
+    """An entry of a state dict, whose tensor is used where it lies."""
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"{name} in {source} is {type(tensor).__name__}, not a tensor (quantised models hold such entries, and are not supported)"
+        )
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"{name} in {source} is {tensor.layout} on {tensor.device}; it must be dense, with values"
+        )
+    return StoredTensor(name, source, tuple(tensor.shape), str(tensor.dtype), functools.partial(_itself, tensor))
 
 
 _FLOATING = {
@@ -296,10 +323,22 @@ def _torch_dtype(entry: StoredTensor) -> torch.dtype:
     return _FLOATING[entry.dtype]
 
 
-def _check_finite(tensor: Tensor, name: str, source: str) -> None:
-    low, high = torch.aminmax(tensor.detach())  # one pass, no temporary of the tensor's size; NaN propagates
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+def _check_finite(tensor: Tensor, name: str, source: str, target: torch.dtype) -> None:
+    """Raise CheckpointError for values that are not finite, or would not be in `target`."""
+    bounds = torch.stack(torch.aminmax(tensor.detach()))  # one pass, no temporary of the tensor's size; NaN propagates
+    if not bounds.isfinite().all():
         raise CheckpointError(f"{name} in {source} holds values that are not finite (NaN or infinity)")
+    if not bounds.to(target).isfinite().all():
+        largest = bounds[bounds.abs().argmax()]
+        wide = next(t for t in (torch.bfloat16, torch.float32, torch.float64) if largest.to(t).isfinite())
+        raise CheckpointError(
+            f"{name} in {source} holds {largest.item():g}, which {_short(target)} cannot hold; "
+            f"load with dtype={_short(wide)!r}"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_tied(config: DecoderConfig, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -315,7 +354,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
+        raise MissingFileError(f"{path} is missing") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or absurd numbers
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):

@@ -47,7 +47,7 @@ _SHARED_FIELDS = frozenset(
     """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act
     max_position_embeddings tie_word_embeddings rope_parameters rope_scaling attention_bias bos_token_id eos_token_id
-    dtype torch_dtype head_dim
+    dtype torch_dtype head_dim is_causal
     """.split()
 )
 _FAMILY_FIELDS = {
@@ -73,6 +73,9 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     if not isinstance(family, str) or family not in _FAMILY_FIELDS:
         raise UnsupportedModelError(f"model_type is {family!r}; supported are {', '.join(map(repr, _FAMILY_FIELDS))}")
     _refuse_unknown(raw, _FAMILY_FIELDS[family] | _WITHOUT_EFFECT, where="config.json")
+    causal = raw.get("is_causal")
+    if causal is not None and causal is not True:  # the one switch that is on unless a file says otherwise
+        raise UnsupportedModelError(f"is_causal is {causal!r}; it must be true or null")
     return (_read_gpt_neox if family == "gpt_neox" else _read_llama)(_Fields(raw))
 
 
@@ -106,6 +109,8 @@ class _Fields:
         return float(self._get(name, default, lambda v: _is_number(v) and 0 <= v <= 1, "between 0 and 1"))
 
     def flag(self, name: str, default: bool) -> bool:
+        if default and name in self.raw and self.raw[name] is None:  # on or off? transformers 4 and 5 disagree
+            raise UnsupportedModelError(f"{name} is null; it must be true or false")
         return cast(bool, self._get(name, default, lambda v: isinstance(v, bool), "true or false"))
 
     def choice(self, name: str, default: str | None, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:

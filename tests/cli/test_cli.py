@@ -24,14 +24,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
 
 
-def run(*arguments: str, stdin: str | bytes = b"", timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, stdin: str | bytes = b"", timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
         [sys.executable, "-m", "clusterfusion", *arguments],
         input=data,
         capture_output=True,
         timeout=timeout,
-        env=environment(),
+        env=environment() | variables,
         check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -189,6 +191,36 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.wait(timeout=60)
     assert "Traceback" not in error
     assert process.returncode == 1
+
+
+def test_text_that_the_encoding_of_stdout_lacks() -> None:
+    options = ("generate", "demo", PROMPT, "-n", "24", "-t", "50", "--seed", "1")
+    text = json.loads(run(*options, "--json").stdout)["text"]
+    assert not text.isascii(), "proves nothing; take another seed"
+    done = run(*options, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, text.encode("ascii", errors="replace").decode() + "\n")
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_process_without_stdout_or_stderr_generates(closed: str, demo: str) -> None:
+    command = f'exec "$0" -m clusterfusion generate demo "$1" -n 24 {closed}>&-'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable, PROMPT], capture_output=True, env=environment(), check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.decode() == ("" if closed == "1" else demo + "\n")
+    assert (b"tokens/s" in done.stderr) == (closed == "1")
+
+
+def test_the_prompt_cannot_come_from_a_closed_stdin() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -m clusterfusion generate demo -f - <&-', sys.executable],
+        capture_output=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "there is no prompt" in one_line(done.stderr.decode())
 
 
 def test_models_lists_every_named_shape() -> None:

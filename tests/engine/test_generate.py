@@ -188,6 +188,7 @@ def test_shared_model_keeps_its_dtype_and_device() -> None:
     with pytest.raises(ArgumentError, match=r"dtype is torch.float16, but the model's weights are torch.float32"):
         clusterfusion.load(model, dtype="float16")
     assert clusterfusion.load(model, dtype="float32", device="cpu").dtype == torch.float32
+    assert clusterfusion.load(model, device="cpu:0").device == clusterfusion.load("demo", device="cpu:7").device
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +203,48 @@ def test_numpy_and_torch_numbers_are_numbers(engine: Engine) -> None:
         np.array(IDS), np.int64(6), temperature=np.float32(0.5), top_k=torch.tensor(9), seed=np.int32(3)
     )
     assert got.token_ids == wanted
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array(IDS[::-1])[::-1],
+        np.array(IDS, dtype=">i4"),
+        np.array(IDS, dtype=np.uint64),
+        np.array(IDS, dtype=object),
+        np.repeat(IDS, 2)[::2],
+    ],
+    ids=["reversed", "big-endian", "unsigned", "objects", "strided"],
+)
+def test_integer_arrays_of_any_form_are_ids(engine: Engine, ids: np.ndarray) -> None:
+    assert engine.generate(ids, 3).token_ids == engine.generate(IDS, 3).token_ids  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [5, None, b"bytes", [1, 2]])
+def test_only_text_is_encoded(engine: Engine, text: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"prompt is {type(text).__name__}; it must be text"):
+        engine.encode(text)
+
+
+def test_a_tokenizer_that_cannot_be_read_stops_text_alone(tmp_path: Path) -> None:
+    model = tiny_gpt_neox(eos_token_id=None)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    wanted = clusterfusion.load(model).generate(IDS, 3).token_ids
+    model.name_or_path = str(tmp_path)
+    for source in (tmp_path, model):
+        engine = clusterfusion.load(source)
+        assert engine.generate(IDS, 3).token_ids == wanted
+        for call, argument in ((engine.encode, "text"), (engine.generate, "text"), (engine.stream, IDS)):
+            with pytest.raises(ArgumentError, match=r"has no tokenizer \(.*tokenizer.model cannot be read: "):
+                call(argument)  # type: ignore[operator]
+
+
+def test_a_folder_without_a_vocabulary_says_what_was_looked_for(tmp_path: Path) -> None:
+    tiny_gpt_neox().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ArgumentError, match=r"holds none of tokenizer.json, .*vocab.json with merges.txt\); pass"):
+        clusterfusion.load(tmp_path).generate("text")
 
 
 def test_extreme_sampling_options_still_sample(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from clusterfusion.engine.text import FastTokenizer, StopFinder, TextDecoder, read_tokenizer
+from clusterfusion.engine.loading import demo_folder
+from clusterfusion.engine.text import FastTokenizer, StopFinder, TextDecoder, TextTokenizer, read_tokenizer
 from clusterfusion.errors import ArgumentError
 
 
@@ -44,7 +46,7 @@ class ByteFallback:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def pieces_of(tokenizer: Bytes | ByteFallback, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
+def pieces_of(tokenizer: TextTokenizer, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
     decoder = TextDecoder(tokenizer, prompt)
     return [*(decoder.push(token) for token in ids), decoder.finish()]
 
@@ -72,6 +74,59 @@ def test_every_character_comes_as_soon_as_it_is_complete() -> None:
 def test_broken_bytes_do_not_hold_text_back_for_ever() -> None:
     pieces = pieces_of(Bytes(), [0xF0] * 30)
     assert "".join(pieces[:20]) != ""
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_text_that_holds_replacement_characters_cuts_no_character(count: int, character: str) -> None:
+    """A model may write U+FFFD itself; a run of them looks like bytes that wait for more."""
+    text = "\ufffd" * count + character
+    assert "".join(pieces_of(Bytes(), list(text.encode()))) == text
+
+
+def test_tokens_that_all_end_inside_a_character() -> None:
+    """As merges across characters make them: no token's end is the end of a character until the last one's."""
+
+    class Straddling:
+        def encode(self, text: str) -> list[int]:
+            return list(range(len(text.encode()) // 2))
+
+        def decode(self, ids: Sequence[int]) -> str:
+            data = ("x" + "é" * 40).encode()
+            return b"".join(data[2 * i : 2 * i + 2] for i in ids).decode("utf-8", errors="replace")
+
+    assert "".join(pieces_of(Straddling(), range(41))) == "x" + "é" * 40
+
+
+DEMO = FastTokenizer(demo_folder() / "tokenizer.json")
+# Whole characters and pieces of them, as ids of the demo tokenizer, which has a token a byte.
+FRAGMENTS = st.sampled_from(["a", "é", "€", "😀", "\ufffd", "\ufffd" * 5]).flatmap(
+    lambda text: st.tuples(st.just(DEMO.encode(text)), st.integers(0, 3), st.integers(1, 20))
+)
+DEMO_IDS = st.lists(FRAGMENTS.map(lambda f: f[0][f[1] : f[2]]) | st.lists(st.integers(1, 256), max_size=3)).map(
+    lambda pieces: [token for piece in pieces for token in piece]
+)
+
+
+@given(DEMO_IDS, DEMO_IDS)
+@settings(max_examples=1000, deadline=None)
+def test_the_demo_tokenizers_pieces_are_the_whole_text(prompt: list[int], ids: list[int]) -> None:
+    """Whatever bytes come, and wherever the prompt ends, what streams is what the new tokens add to the prompt."""
+    before, after = DEMO.decode(prompt), DEMO.decode(prompt + ids)
+    if not after.startswith(before):  # the prompt ended inside a character, which the new tokens complete
+        before = before[:-1]
+        assert after.startswith(before)
+    assert "".join(pieces_of(DEMO, ids, prompt)) == after[len(before) :]
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), ByteFallback()], ids=["bytes", "byte-fallback"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_ends_inside_of(tokenizer: Bytes | ByteFallback, cut: int) -> None:
+    shift = isinstance(tokenizer, ByteFallback)
+    ids = [shift + byte for byte in "😀é!".encode()]
+    if shift:
+        ids[-1] = 259
+    assert "".join(pieces_of(tokenizer, ids[cut:], prompt=ids[:cut])) == "😀é!"
 
 
 def test_text_goes_on_after_the_prompt() -> None:
@@ -135,3 +190,67 @@ def test_reading_tokenizers(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path)
     assert isinstance(tokenizer, FastTokenizer)
     assert tokenizer.encode("aa") == [0, 0]
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_not_obeyed(tmp_path: Path) -> None:
+    saved = Tokenizer.from_file(str(demo_folder() / "tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=64)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert FastTokenizer(tmp_path / "tokenizer.json").encode("It is a truth") == DEMO.encode("It is a truth")
+
+
+CLASSES = ["LlamaTokenizer", "GPTNeoXTokenizerFast", "GPT2Tokenizer"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_without_a_vocabulary_is_no_tokenizer(tmp_path: Path, name: str) -> None:
+    """transformers would make an empty one of it, to which every prompt is the same."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    assert read_tokenizer(tmp_path) is None
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    assert read_tokenizer(tmp_path) is None
+
+
+def test_a_vocabulary_with_its_merges(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.encode("abb") == [2, 1]
+    assert tokenizer.decode([2, 1]) == "abb"
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ArgumentError, match=r"vocab.json gives a tokenizer of 3 tokens, 3 of them special"):
+        read_tokenizer(tmp_path)
+    empty = Tokenizer(models.BPE({}, []))
+    empty.add_special_tokens(["<s>", "</s>"])
+    empty.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ArgumentError, match=r"tokenizer.json gives a tokenizer of 2 tokens, 2 of them special"):
+        read_tokenizer(tmp_path)
+
+
+def test_the_reason_why_a_tokenizer_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    with pytest.raises(ArgumentError, match=r"tokenizer.model cannot be read: ."):
+        read_tokenizer(tmp_path)
+    calls: list[dict[str, object]] = []
+
+    def from_pretrained(folder: str, **options: object) -> None:
+        calls.append(options)
+        raise ValueError("no such thing\nand more")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sentencepiece" else name)
+    with pytest.raises(ArgumentError) as caught:
+        read_tokenizer(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'tokenizer.model'} cannot be read: no such thing (sentencepiece missing here: "
+        "pip install sentencepiece)"
+    )
+    assert calls[0]["trust_remote_code"] is False

@@ -81,6 +81,6 @@ def _print(report: LayerReport) -> None:
     for line in failures(report):
         console.print(line, soft_wrap=True)
     console.print(
-        f"{SCOPE}. Medians of CUDA-event times; fused is launched by the host, graph and split are CUDA graphs.",
+        f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs.",
         style="dim",
     )

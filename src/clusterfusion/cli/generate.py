@@ -71,7 +71,7 @@ def read_prompt(argument: str | None, option: str | None, file: str | None) -> s
         raise ArgumentError(f"the prompt was given {len(given)} times ({', '.join(given)}); give it once")
     if argument is not None or option is not None:
         return argument if argument is not None else option or ""
-    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+    if (file is None and (sys.stdin is None or sys.stdin.isatty())) or (file == "-" and sys.stdin is None):
         raise ArgumentError("there is no prompt: give it as an argument, with --file FILE, or on stdin")
     if file is None or file == "-":
         return _decode(sys.stdin.buffer.read(), "stdin")
@@ -111,8 +111,9 @@ def timing_line(engine: Engine, result: Generation) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # None: a process without a stdout
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _decode(data: bytes, source: str) -> str:

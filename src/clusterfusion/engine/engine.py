@@ -72,12 +72,14 @@ class Engine:
         max_seq_len: int,
         tokenizer: TextTokenizer | None,
         eos_token_ids: Sequence[int],
+        no_tokenizer_reason: str = "",
     ) -> None:
         self.weights = weights
         self.name = name
         self.max_seq_len = max_seq_len
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
+        self._no_tokenizer = f"{name} has no tokenizer" + f" ({no_tokenizer_reason})" * bool(no_tokenizer_reason)
         self._mode = mode
         self._idle: list[Session] = []  # sessions that streams gave back, with their caches
 
@@ -153,16 +155,18 @@ class Engine:
         the call and not at the first piece.
         """
         if self.tokenizer is None:
-            raise ArgumentError(f"{self.name} has no tokenizer, so there is no text to stream; use generate(ids)")
+            raise ArgumentError(f"{self._no_tokenizer}, so there is no text to stream; use generate(ids)")
         return self._stream(
             prompt, max_new_tokens, SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed), stop
         )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects in front; of "" the beginning-of-sequence
-        token. Raises ArgumentError without a tokenizer."""
+        token. Raises ArgumentError for what is no text, and without a tokenizer."""
+        if not isinstance(text, str):
+            raise ArgumentError(f"prompt is {type(text).__name__}; it must be text (str)")
         if self.tokenizer is None:
-            raise ArgumentError(f"{self.name} has no tokenizer; pass token ids instead of text")
+            raise ArgumentError(f"{self._no_tokenizer}; pass token ids instead of text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -187,7 +191,7 @@ class Engine:
         if not all(isinstance(s, str) and s for s in stops):
             raise ArgumentError(f"stop is {stop!r}; it must be a non-empty string or a list of them")
         if stops and self.tokenizer is None:
-            raise ArgumentError(f"stop is {stop!r}, but {self.name} has no tokenizer to find text with")
+            raise ArgumentError(f"stop is {stop!r}, but {self._no_tokenizer} to find text with")
         return TextStream(self, prompt_ids, self._room(len(prompt_ids), max_new_tokens), options, stops)
 
     def _room(self, prompt_tokens: int, max_new_tokens: int | None) -> int:

@@ -16,8 +16,8 @@ from clusterfusion.engine.engine import Engine
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import choose_mode
 from clusterfusion.engine.progress import progress_bar
-from clusterfusion.engine.text import FastTokenizer, TextTokenizer, read_tokenizer
-from clusterfusion.errors import ArgumentError, DeviceError
+from clusterfusion.engine.text import VOCABULARIES, FastTokenizer, TextTokenizer, read_tokenizer
+from clusterfusion.errors import ArgumentError, CheckpointError, DeviceError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
 from clusterfusion.random_weights import random_weights as make_random_weights
 from clusterfusion.weights import DecoderWeights
@@ -108,6 +108,15 @@ def _load_named(
         )
     place = _parse_device(device)
     folder = demo_folder() if model == DEMO else checkpoint.locate(model)
+    try:
+        return _load_folder(folder, model, mode, dtype, place, max_seq_len)
+    except checkpoint.MissingFileError as error:
+        raise CheckpointError(f"{error}{checkpoint.explain_missing(model)}") from error
+
+
+def _load_folder(
+    folder: Path, model: str, mode: str, dtype: torch.dtype | None, place: torch.device, max_seq_len: int | None
+) -> Engine:
     config = checkpoint.read_config_file(folder)
     dtype = dtype or _default_dtype(config, place)
     choice = choose_mode(mode, config, dtype or torch.float16, place)
@@ -118,13 +127,18 @@ def _load_named(
         weights = _guard_memory(
             model, place, lambda: checkpoint.load_folder(folder, dtype=dtype, device=place, on_bytes=on_bytes)
         )
+    tokenizer, reason = _read_tokenizer(lambda: read_tokenizer(folder))
+    if tokenizer is None and not reason:
+        looked_for = ", ".join(map(" with ".join, VOCABULARIES))
+        reason = f"{folder} holds none of {looked_for}{checkpoint.explain_missing(model)}"
     return Engine(
         weights,
         name=model,
         mode=choice,
         max_seq_len=room,
-        tokenizer=read_tokenizer(folder),
+        tokenizer=tokenizer,
         eos_token_ids=checkpoint.read_eos_token_ids(folder, config),
+        no_tokenizer_reason=reason,
     )
 
 
@@ -143,6 +157,7 @@ def _load_object(
             "move it first (model.to(device)) or leave device out"
         )
     config = weights.config
+    tokenizer, reason = _read_tokenizer(lambda: _tokenizer_of(model))
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos_ids = checkpoint.check_eos_token_ids(eos, "generation_config.eos_token_id") or config.eos_token_ids
     return Engine(
@@ -150,8 +165,9 @@ def _load_object(
         name=getattr(model, "name_or_path", "") or type(model).__name__,
         mode=choose_mode(mode, config, weights.dtype, weights.device),
         max_seq_len=_parse_max_seq_len(max_seq_len, config),
-        tokenizer=_tokenizer_of(model),
+        tokenizer=tokenizer,
         eos_token_ids=eos_ids,
+        no_tokenizer_reason=reason,
     )
 
 
@@ -161,6 +177,14 @@ def demo_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise ArgumentError(f"the demo model is missing from this installation: {folder} holds no config.json")
     return folder
+
+
+def _read_tokenizer(read: Callable[[], TextTokenizer | None]) -> tuple[TextTokenizer | None, str]:
+    """A tokenizer, or None and the reason: a model whose tokenizer cannot be read still generates from token ids."""
+    try:
+        return read(), ""
+    except ArgumentError as error:
+        return None, str(error)
 
 
 def _tokenizer_of(model: Any) -> TextTokenizer | None:
@@ -215,7 +239,7 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
             place = torch.device("cuda", torch.cuda.current_device())
         elif place.index >= torch.cuda.device_count():
             raise DeviceError(f"device is {str(device)!r}, but there are only {torch.cuda.device_count()} GPUs")
-    return place
+    return torch.device("cpu") if place.type == "cpu" else place  # "cpu:0" is the CPU too
 
 
 def _parse_max_seq_len(max_seq_len: int | None, config: DecoderConfig) -> int:

@@ -14,7 +14,7 @@ _SHOW_AFTER_S = 0.7
 def progress_bar(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with each number of bytes done. Shows nothing when the work is short or stderr is no
     terminal; leaves nothing behind."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: a process without a stderr, such as a daemon
         yield lambda count: None
         return
     from rich.console import Console

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class Session:
 def check_token_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """`ids` as a 1-D int64 tensor. Raises ArgumentError naming the first bad one."""
     if hasattr(ids, "__array__") and not isinstance(ids, Tensor):
-        ids = torch.as_tensor(ids)  # a NumPy array
+        ids = _array_items(ids)
     if isinstance(ids, Tensor):
         integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
         if ids.dim() != 1 or not integral or ids.layout != torch.strided or ids.is_meta:
@@ -123,3 +124,11 @@ def check_token_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     if low < 0 or high >= vocab_size:
         raise ArgumentError(f"ids holds {low if low < 0 else high}; every id must be from 0 to {vocab_size - 1}")
     return tensor
+
+
+def _array_items(array: object) -> list[int]:
+    """The items of a 1-D integer NumPy array of any byte order and stride, or of objects that may be integers."""
+    values = np.asarray(array)
+    if values.ndim != 1 or values.dtype.kind not in "iuO":
+        raise ArgumentError(f"ids is a {values.ndim}-D array of {values.dtype}; it must be a 1-D array of integers")
+    return list(values.tolist())

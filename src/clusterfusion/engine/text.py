@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from clusterfusion.errors import ArgumentError
 
+# Files that hold a vocabulary, best first.
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
-_MOST_HELD = 12  # tokens; a character has at most four bytes, so what is still broken by then stays broken
+_MOST_HELD = 12  # tokens; beyond them the text is broken, or holds U+FFFD itself, and what is settled goes out
+_LONGEST = 4  # tokens a character can be spread over: one a byte
 
 
 class TextTokenizer(Protocol):
@@ -31,7 +35,12 @@ class FastTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ArgumentError(f"{path} is not a readable tokenizer file: {error}") from error
+            raise ArgumentError(f"{path} is not a readable tokenizer file: {_first_line(error)}") from error
+        # A file may keep the settings of the training or the service that wrote it; prompts go in whole and alone.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        special = sum(token.special for token in self._tokenizer.get_added_tokens_decoder().values())
+        _check_vocabulary(self._tokenizer.get_vocab_size(), special, path)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
@@ -41,12 +50,21 @@ class FastTokenizer:
 
 
 class SlowTokenizer:
-    """A tokenizer that only transformers can read (no tokenizer.json in the folder)."""
+    """A tokenizer.model, or a vocab.json with its merges.txt, which only transformers can read."""
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
+    def __init__(self, path: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers or a library it needs is not installed, or the files are not its own
+            needed = ["transformers", "sentencepiece"] if path.suffix == ".model" else ["transformers"]
+            absent = [name for name in needed if importlib.util.find_spec(name) is None]
+            hint = f" ({', '.join(absent)} missing here: pip install {' '.join(absent)})" if absent else ""
+            raise ArgumentError(f"{path} cannot be read: {_first_line(error)}{hint}") from error
+        _check_vocabulary(len(self._tokenizer), len(self._tokenizer.all_special_ids), path)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
@@ -56,22 +74,31 @@ class SlowTokenizer:
 
 
 def read_tokenizer(folder: Path) -> TextTokenizer | None:
-    """The tokenizer in a checkpoint folder, or None where there is none that can be read."""
-    if (folder / "tokenizer.json").is_file():
-        return FastTokenizer(folder / "tokenizer.json")
-    if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        try:
-            return SlowTokenizer(folder)
-        except Exception:  # transformers, or a library it needs, is not installed, or the files are not its own
-            return None
-    return None
+    """The tokenizer in a checkpoint folder, or None where the folder holds no vocabulary.
+
+    Raises ArgumentError, with the reason, for one that cannot be read.
+    """
+    for files in VOCABULARIES:
+        if all((folder / file).is_file() for file in files):
+            return (FastTokenizer if files[0] == "tokenizer.json" else SlowTokenizer)(folder / files[0])
+    return None  # transformers would make an empty one of the class that tokenizer_config.json names
+
+
+def _check_vocabulary(tokens: int, special: int, path: Path) -> None:
+    if tokens <= special:
+        raise ArgumentError(f"{path} gives a tokenizer of {tokens} tokens, {special} of them special; it has no words")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class TextDecoder:
     """Turns tokens into pieces of text as they come; a piece never holds half a character.
 
     Only a short window of tokens is decoded each time: those since the last piece, and the piece before it, because
-    some tokenizers treat the first token of a text differently.
+    some tokenizers treat the first token of a text differently. A character that `prompt` ends inside of comes with
+    the token that completes it.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
@@ -83,19 +110,36 @@ class TextDecoder:
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is still incomplete."""
         self._ids.append(token)
-        return self._emit(final=len(self._ids) - self._done > _MOST_HELD)
+        count = len(self._ids)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if not text.endswith(_REPLACEMENT):
+            return self._emit(count, text)
+        if count - self._done > _MOST_HELD:
+            # An incomplete character begins among the last three tokens. Those before it go out up to a place between
+            # two characters: where the halves read as the whole does.
+            for end in range(count - _LONGEST + 1, count - 2 * _LONGEST + 1, -1):
+                head = self._tokenizer.decode(self._ids[self._start : end])
+                if head + self._tokenizer.decode(self._ids[end:]) == text:
+                    return self._emit(end, head)
+        return ""
 
     def finish(self) -> str:
         """The text still held back, with U+FFFD for bytes that never became a character."""
-        return self._emit(final=True)
+        return self._emit(len(self._ids), self._tokenizer.decode(self._ids[self._start :]))
 
-    def _emit(self, *, final: bool) -> str:
+    def _emit(self, end: int, after: str) -> str:
+        """What `after`, the window's text up to token `end`, adds to the text that is out."""
         before = self._tokenizer.decode(self._ids[self._start : self._done])
-        after = self._tokenizer.decode(self._ids[self._start :])
-        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
-            return ""
-        self._start, self._done = self._done, len(self._ids)
-        return after[len(before) :]
+        broken = before.endswith(_REPLACEMENT)  # perhaps a character of the prompt that is complete by now
+        out = len(before)
+        while broken and not after.startswith(before[:out]):
+            out -= 1
+        piece = after[out:]
+        if piece:
+            if not broken or end < len(self._ids):  # a window must not begin inside a character
+                self._start = self._done
+            self._done = end
+        return piece
 
 
 class StopFinder:
