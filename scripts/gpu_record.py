@@ -46,7 +46,7 @@ SOURCES = (
     "src/clusterfusion/plan/**/*",
     "src/clusterfusion/random_weights.py",
     "src/clusterfusion/reference.py",
-    "src/clusterfusion/seed_api.py",
+    "src/clusterfusion/seed_api/**/*",
     "src/clusterfusion/weights.py",
     "tests/gpu/**/*.py",
     "tests/tiny_models.py",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.random_weights import uniform
 from clusterfusion.weights import DecoderWeights, assemble
 
 MATRIX_GAIN = 1.2
@@ -53,6 +54,34 @@ def tiny_llama(*, seed: int = 0, attn_implementation: str = "sdpa", **options: A
     model = LlamaForCausalLM(config)
     _randomize(model, seed)
     return model.eval()
+
+
+def real_gpt_neox(config: DecoderConfig, device: torch.device) -> GPTNeoXForCausalLM:
+    """A transformers model of `config`'s shape, of any width, made on `device` in float16 from reproducible values."""
+    options = GPTNeoXConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=config.max_position,
+        rotary_pct=config.rotary.nominal_dim / config.head_dim,
+        use_parallel_residual=config.parallel_residual,
+        hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
+    )
+    with device:
+        torch.set_default_dtype(torch.float16)
+        try:
+            model = GPTNeoXForCausalLM(options).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for stream, (name, parameter) in enumerate(model.named_parameters()):
+            norm = "norm" in name and name.endswith("weight")
+            std = 0.1 if norm or parameter.dim() == 1 else MATRIX_GAIN / parameter.shape[1] ** 0.5
+            std = 1.0 if "embed_in" in name else std
+            parameter.copy_(uniform(tuple(parameter.shape), float(norm), std, stream, torch.float16, device))
+    return model
 
 
 def tiny_model(family: str, **options: Any) -> PreTrainedModel:

@@ -73,4 +73,4 @@ def test_a_wait_that_ran_out_is_an_error(form: Form) -> None:
 
 def test_the_decoder_has_what_forms_need() -> None:
     assert {"residual", "set_position", "run_layers", "check_error"} <= set(dir(BlockDecoder))
-    assert FORMS == ("graph", "fused", "split")
+    assert FORMS == ("graph", "split graph", "fused", "split")

@@ -18,7 +18,7 @@ from clusterfusion.bench.samples import Candidate
 from clusterfusion.errors import ClusterFusionError, DeviceError
 from clusterfusion.jit.read_ceiling import VARIANTS
 
-TIMES_MS = {"graph": 2.0, "fused": 3.0, "split": 4.0, "bulk copies": 1.0, "loads": 1.25}
+TIMES_MS = {"graph": 2.0, "split graph": 3.5, "fused": 3.0, "split": 4.0, "bulk copies": 1.0, "loads": 1.25}
 
 
 class StandInCeiling:

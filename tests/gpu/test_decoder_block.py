@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_token_ids, tiny_gpt_neox
+from tiny_models import random_token_ids, real_gpt_neox, tiny_gpt_neox
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 import clusterfusion
 from clusterfusion import reference
-from clusterfusion.architecture import DecoderConfig
 from clusterfusion.engine.block_decoder import BlockDecoder
 from clusterfusion.engine.loading import demo_folder
 from clusterfusion.errors import ArgumentError
@@ -97,39 +96,11 @@ def test_tiny_models_in_every_mode(name: str, dtype: torch.dtype) -> None:
     assert_closer_to_truth(results["graph"], of_transformers(model, ids, 13), truth(model, ids, 13))
 
 
-def filled(config: DecoderConfig) -> GPTNeoXForCausalLM:
-    """A transformers model of `config`'s shape on the GPU in float16, from our reproducible values."""
-    options = GPTNeoXConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=config.max_position,
-        rotary_pct=config.rotary.nominal_dim / config.head_dim,
-        use_parallel_residual=config.parallel_residual,
-        hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
-    )
-    with torch.device(GPU):
-        torch.set_default_dtype(torch.float16)
-        try:
-            model = GPTNeoXForCausalLM(options).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for stream, (name, parameter) in enumerate(model.named_parameters()):
-            norm = "norm" in name and name.endswith("weight")
-            std = 0.1 if norm or parameter.dim() == 1 else 1.2 / parameter.shape[1] ** 0.5
-            std = 1.0 if "embed_in" in name else std
-            parameter.copy_(uniform(tuple(parameter.shape), float(norm), std, stream, torch.float16, GPU))
-    return model
-
-
 @pytest.mark.parametrize("name", [n for n in NAMED_SHAPES if named_shape(n).family == "gpt_neox"])
 def test_named_shapes_against_truth(name: str) -> None:
     """Two layers of every GPT-NeoX shape, real widths, at contexts from none to the model's limit."""
     config = dataclasses.replace(named_shape(name), num_layers=2, vocab_size=1001)
-    model = filled(config)
+    model = real_gpt_neox(config, GPU)
     for context in (0, 1, 17, 511, 1024, config.max_position - 3):
         ids = random_token_ids(config.vocab_size, context + 3, seed=context)
         results = {mode: steps(model, mode, ids, context) for mode in MODES}

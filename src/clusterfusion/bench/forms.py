@@ -14,10 +14,11 @@ from clusterfusion.engine.block_decoder import BlockDecoder
 from clusterfusion.errors import ClusterFusionError
 from clusterfusion.weights import DecoderWeights
 
-# graph: the fused layers in one CUDA graph; fused: a launch a layer from the host; split: its launches in one CUDA graph,
-# so that fused and split compare kernels and not launches.
-FORMS = ("graph", "fused", "split")
-_CAPTURED = ("graph", "split")
+# graph: the fused layers in one CUDA graph; fused: a launch a layer from the host; and the same two ways of launching for
+# split, so that each has its like to be compared with.
+FORMS = ("graph", "split graph", "fused", "split")
+_SPLIT = ("split graph", "split")
+_CAPTURED = ("graph", "split graph")
 
 
 class Form:
@@ -26,7 +27,7 @@ class Form:
     @torch.no_grad()
     def __init__(self, name: str, weights: DecoderWeights, cache: reference.KVCache, x: Tensor) -> None:
         self.name = name
-        self._decoder = BlockDecoder(weights, cache, name)
+        self._decoder = BlockDecoder(weights, cache, "split" if name in _SPLIT else "fused")
         self._x = x
         self._step: Callable[[], Tensor] = self._decoder.run_layers
         if name in _CAPTURED:

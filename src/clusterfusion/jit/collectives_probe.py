@@ -31,13 +31,13 @@ _CPP_OPERATORS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class CollectivesProbe:
-    """One instance. `operator` None gathers; `team` "partial" leaves a warp of every CTA out of the collective."""
+    """One instance. `operator` None gathers; `team` "partial" and "joined" leave a warp of every CTA out of it."""
 
     element: ProbeType
     length: int
     cluster_size: int
     exchange: Literal["direct", "tree"]
-    team: Literal["whole", "partial"] = "whole"
+    team: Literal["whole", "partial", "joined"] = "whole"
     operator: Literal["sum", "max", "compose"] | None = None
 
     @property
@@ -50,7 +50,7 @@ class CollectivesProbe:
         )
 
     def launch_shape(self, clusters: int) -> LaunchShape:
-        threads = _TEAM_THREADS + (_BYSTANDER_THREADS if self.team == "partial" else 0)
+        threads = _TEAM_THREADS + (_BYSTANDER_THREADS if self.team != "whole" else 0)
         return LaunchShape(clusters=clusters, threads=threads, cluster_size=self.cluster_size)
 
 

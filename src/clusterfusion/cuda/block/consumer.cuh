@@ -35,7 +35,7 @@ class BlockConsumer : public BlockShare<S, kSegment> {
   static constexpr int kOutRows = (S::kHidden + S::kCtas - 1) / S::kCtas + 1;
   static constexpr int kPartial = kPartialFloats<S::kHeadDim>;
   using LocalTeam = PartialTeam<1, S::kThreads, 0, 1>;
-  using PairTeam = PartialTeam<S::kMerged, S::kThreads, 0, 1>;
+  using PairTeam = PartialTeam<S::kMerged, S::kThreads, 0, 1, kPartial < S::kThreads ? kPartial : S::kThreads>;
   using Block = BlockSum<kNormSums, S::kThreads>;
   using Reduce = ClusterReduce<float, kNormSums, 1, Exchange::direct>;
   using Gather = ClusterGather<float, kPartial, S::kMerged, Exchange::direct>;

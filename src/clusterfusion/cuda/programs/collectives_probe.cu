@@ -22,7 +22,9 @@ struct Compose {
   }
 };
 
-enum class TeamKind { whole, partial };
+// joined: a partial team whose CTAs leave together. They need not; but racecheck does not follow mbarriers from CTA to CTA
+// and takes a write to a CTA that may have left for an error.
+enum class TeamKind { whole, partial, joined };
 
 // Makes ranks reach the exchanges at different and changing times, up to skew_ns apart.
 __device__ __forceinline__ void stagger(unsigned rank, int round, unsigned skew_ns) {
@@ -47,11 +49,15 @@ __device__ __forceinline__ void with_team(Body body) {
     if (threadIdx.x < kBystanderThreads) return;
     Team team(scratch);
     body(team);
+    if constexpr (kTeam == TeamKind::joined) {
+      cluster_arrive();  // threads that have exited are not waited for
+      cluster_wait();
+    }
   }
 }
 
 template <TeamKind kTeam>
-constexpr int kProbeThreads = kTeamThreads + (kTeam == TeamKind::partial ? kBystanderThreads : 0);
+constexpr int kProbeThreads = kTeamThreads + (kTeam == TeamKind::whole ? 0 : kBystanderThreads);
 
 // What the members of a team do; functors, because NVRTC 13.0 takes a generic lambda for a host function.
 template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange>
