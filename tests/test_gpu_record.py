@@ -71,8 +71,8 @@ def record_for(tree: Path, **counts: int) -> dict[str, Any]:
         (lambda root: write(root / "src/clusterfusion/cuda/x.cuh", ""), ["added: src/clusterfusion/cuda/x.cuh"]),
         (lambda root: (root / "tests/gpu/test_step.py").unlink(), ["removed: tests/gpu/test_step.py"]),
         (
-            lambda root: (root / "src/clusterfusion/ops.py").rename(root / "src/clusterfusion/seed_api.py"),
-            ["removed: src/clusterfusion/ops.py", "added: src/clusterfusion/seed_api.py"],
+            lambda root: (root / "src/clusterfusion/ops.py").rename(root / "src/clusterfusion/weights.py"),
+            ["removed: src/clusterfusion/ops.py", "added: src/clusterfusion/weights.py"],
         ),
         (lambda root: write(root / "src/clusterfusion/cuda/__pycache__/a.pyc", "x"), []),
         (lambda root: write(root / "src/clusterfusion/cli/app.py", "x"), []),

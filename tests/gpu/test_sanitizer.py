@@ -38,7 +38,12 @@ for probe in probes:
 PARALLEL = (
     {},
     {"hidden_size": 160, "num_attention_heads": 2, "rotary_pct": 0.3},  # heads of 80: idle lanes in attention
-    {"hidden_size": 256, "num_attention_heads": 1, "rotary_pct": 0.0, "attention_bias": False},  # heads of 256, one alone
+    {
+        "hidden_size": 256,
+        "num_attention_heads": 1,
+        "rotary_pct": 0.0,
+        "attention_bias": False,
+    },  # heads of 256, one alone
     {"hidden_size": 544, "num_attention_heads": 68},  # a CTA a head: nothing to merge
     {"intermediate_size": 4096, "hidden_act": "gelu_new"},  # rows of down longer than a stage
 )

@@ -71,8 +71,8 @@ def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.
         return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
-    from clusterfusion.ops.layer_launch import plan_for
     from clusterfusion.jit.toolchain import find_toolchain
+    from clusterfusion.ops.layer_launch import plan_for
 
     try:
         find_toolchain()
