@@ -24,6 +24,20 @@ _PUBLIC = {
     "gpt_neox_layer": "clusterfusion.weights",
     "layer_norm": "clusterfusion.ops",
     "rms_norm": "clusterfusion.ops",
+    "pythia_2b8_decoder_layer": "clusterfusion.seed_api",
+    "pythia_2b8_decoder_layer_split": "clusterfusion.seed_api",
+    "pythia_2b8_attention_only": "clusterfusion.seed_api",
+    "pythia_2b8_mlp_only": "clusterfusion.seed_api",
+    "pythia_2b8_create_graph_context": "clusterfusion.seed_api",
+    "pythia_2b8_graph_decode_step": "clusterfusion.seed_api",
+    "pythia_2b8_destroy_graph_context": "clusterfusion.seed_api",
+    "pythia_6b9_decoder_layer": "clusterfusion.seed_api",
+    "pythia_6b9_decoder_layer_split": "clusterfusion.seed_api",
+    "pythia_6b9_attention_only": "clusterfusion.seed_api",
+    "pythia_6b9_mlp_only": "clusterfusion.seed_api",
+    "pythia_6b9_create_graph_context": "clusterfusion.seed_api",
+    "pythia_6b9_graph_decode_step": "clusterfusion.seed_api",
+    "pythia_6b9_destroy_graph_context": "clusterfusion.seed_api",
     "ClusterFusionError": "clusterfusion.errors",
     "ArgumentError": "clusterfusion.errors",
     "CheckpointError": "clusterfusion.errors",
@@ -49,6 +63,22 @@ if TYPE_CHECKING:
     )
     from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
     from clusterfusion.ops import decoder_layer, layer_norm, rms_norm
+    from clusterfusion.seed_api import (
+        pythia_2b8_attention_only,
+        pythia_2b8_create_graph_context,
+        pythia_2b8_decoder_layer,
+        pythia_2b8_decoder_layer_split,
+        pythia_2b8_destroy_graph_context,
+        pythia_2b8_graph_decode_step,
+        pythia_2b8_mlp_only,
+        pythia_6b9_attention_only,
+        pythia_6b9_create_graph_context,
+        pythia_6b9_decoder_layer,
+        pythia_6b9_decoder_layer_split,
+        pythia_6b9_destroy_graph_context,
+        pythia_6b9_graph_decode_step,
+        pythia_6b9_mlp_only,
+    )
     from clusterfusion.weights import LayerWeights, gpt_neox_layer
 
 

@@ -103,7 +103,7 @@ def test_nothing_is_reported(workload: str, tool: str) -> None:
     # Our kernels alone: PyTorch's are not under test, and instrumenting them takes minutes.
     command += ["--kernel-name", "kernel_substring=clusterfusion"]
     # racecheck of launches that overlap others ends in an internal error of its own.
-    command += ["--force-blocking-launches", "yes", sys.executable, "-c", WORKLOADS[workload]]
+    command += ["--force-blocking-launches", sys.executable, "-c", WORKLOADS[workload]]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -12,6 +12,7 @@ from clusterfusion.jit.decoder_block import ElementType, block_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.plan import B200, H200, RTX_5090, PlanLimits, plan_block
 
+HALVES = dataclasses.replace(named_shape("pythia-2.8b"), parallel_residual=False)  # of the seed's two half layers
 TANH = dataclasses.replace(named_shape("pythia-160m"), activation="gelu_tanh", parallel_residual=False)
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
@@ -20,6 +21,7 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("14m, fp16 residual", named_shape("pythia-14m"), H200, "sm_90a", "float16", "float16"),
     ("heads of 256", named_shape("pythia-1b"), H200, "sm_90a", "float16", "float32"),
     ("sequential", named_shape("redpajama-incite-3b"), H200, "sm_90a", "float16", "float32"),
+    ("2.8b in halves, fp16 residual", HALVES, H200, "sm_90a", "float16", "float16"),
     ("2.8b", named_shape("pythia-2.8b"), B200, "sm_100a", "float16", "float32"),
     ("sequential, tanh, bf16", TANH, B200, "sm_100a", "bfloat16", "float32"),
     ("2.8b", named_shape("pythia-2.8b"), RTX_5090, "sm_120a", "float16", "float32"),

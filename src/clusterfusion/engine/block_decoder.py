@@ -7,7 +7,6 @@ position are read from device memory.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from clusterfusion import reference
 from clusterfusion.ops.layer_launch import (
+    CAPTURE_LOCK,
     ErrorRecord,
     LayerBuffers,
     LayerScratch,
@@ -25,8 +25,6 @@ from clusterfusion.ops.layer_launch import (
     prepare_layer,
 )
 from clusterfusion.weights import DecoderWeights, LayerWeights
-
-_CAPTURE_LOCK = threading.Lock()
 
 
 class BlockDecoder:
@@ -72,7 +70,7 @@ class BlockDecoder:
         if self._mode != "graph":
             return self._run()
         if self._graph is None:
-            with _CAPTURE_LOCK:  # entering a capture synchronises the device, which another capture forbids
+            with CAPTURE_LOCK:
                 return self._capture()
         self._graph.replay()
         assert self._graph_logits is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,9 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
 }
 _DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")
 _BAD_POSITION = len(_DEPENDENCIES) + 1
+
+# Held while a CUDA graph is captured: entering a capture synchronises the device, which another capture forbids.
+CAPTURE_LOCK = threading.Lock()
 
 
 @functools.lru_cache(maxsize=64)

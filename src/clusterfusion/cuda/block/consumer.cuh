@@ -84,8 +84,10 @@ class BlockConsumer : public BlockShare<S, kSegment> {
     const int up_first = rows_from(S::kIntermediate), up_rows = rows_to(S::kIntermediate) - up_first;
     const int up_early = up_before(up_rows);
     const int out_first = rows_from(S::kHidden), out_rows = rows_to(S::kHidden) - out_first;
-    const unsigned epoch = kWhole ? a_.counters[kEpoch * kCounterStride] : 0;
-    const unsigned all_ctas = (epoch + 1) * S::kCtas, all_heads = (epoch + 1) * S::kHeads * S::kPartials;
+    // Where the counters will be once all have arrived in this launch. Read before this CTA arrives anywhere, and nobody
+    // arrives at these two before all CTAs have arrived for q, k and v.
+    const unsigned all_ctas = kWhole ? __ldcg(counter(kLaunchDone)) + S::kCtas : 0;
+    const unsigned all_heads = kWhole ? __ldcg(counter(kAttentionDone)) + S::kHeads * S::kPartials : 0;
 
     if constexpr (runs(Segment::project)) {
       normalise(team, static_cast<const X*>(a_.x), a_.norm1_weight, a_.norm1_bias, x1, S::kParallel);
@@ -147,7 +149,7 @@ class BlockConsumer : public BlockShare<S, kSegment> {
         static_cast<X*>(a_.out)[index] = from_float<X>(value + mlp);
       }
     }
-    if constexpr (kWhole) finish(epoch);
+    if (kWhole && threadIdx.x == 0) grid_count(counter(kLaunchDone));
   }
 
   // Instead of run, in all CTAs alike, when the position is not in the cache: nothing is touched but the output.
@@ -377,17 +379,6 @@ class BlockConsumer : public BlockShare<S, kSegment> {
     a_.error[1] = cta_, a_.error[2] = expected, a_.error[3] = seen;
     __threadfence_system();
     *const_cast<volatile unsigned*>(a_.error) = dependency + 1;
-  }
-
-  // The last CTA to finish opens the next launch's epoch. Every CTA has read this one's by then.
-  __device__ void finish(unsigned epoch) {
-    LocalTeam team(s_.local);
-    team.block_sync();
-    if (threadIdx.x == 0) {
-      unsigned before;
-      asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter(kLaunchDone)) : "memory");
-      if (before + 1 == (epoch + 1) * S::kCtas) *counter(kEpoch) = epoch + 1;
-    }
   }
 
   Shared& s_;

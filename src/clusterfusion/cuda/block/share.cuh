@@ -39,7 +39,7 @@ struct LayerArguments {
 static_assert(sizeof(LayerArguments) == 512, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
-enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kEpoch, kCounters };
+enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
 constexpr unsigned kClusterDependency = kMiddleDone + 1;  // a peer in the cluster, beside the counters

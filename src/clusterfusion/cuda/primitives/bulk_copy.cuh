@@ -1,4 +1,4 @@
-// Bulk copies from global to shared memory that complete on an mbarrier of this CTA, and the barrier's transaction side.
+// Bulk copies from global to shared memory that complete on an mbarrier of this CTA.
 #pragma once
 
 #include <cuda/ptx>
@@ -10,23 +10,6 @@ constexpr int kBulkAlignment = 16;  // of both addresses and of the size, in byt
 
 // Weights are read once a step and K/V once: both leave the L2 first. The encoded form of an evict-first policy.
 constexpr cuda::std::uint64_t kEvictFirst = 0x12F0000000000000ull;
-
-// This thread arrives once at `barrier` and announces `bytes` that copies will bring.
-__device__ __forceinline__ void mbarrier_arrive_expect(cuda::std::uint64_t* barrier, unsigned bytes) {
-  cuda::ptx::mbarrier_arrive_expect_tx(
-      cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, barrier, bytes);
-}
-
-__device__ __forceinline__ void mbarrier_arrive_local(cuda::std::uint64_t* barrier) {
-  cuda::ptx::mbarrier_arrive(barrier);
-}
-
-// Waits for the phase of parity `parity` of a barrier that only this CTA uses. Not bounded: a phase of the ring waits
-// for copies and for this CTA's own warps, never for another CTA.
-__device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier, unsigned parity) {
-  while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
-  }
-}
 
 // Copies `bytes` to `shared`; they count at `barrier` on arrival. One thread issues. libcu++ has no form with a cache
 // policy for this instruction. Its destination is shared::cta, not shared::cluster, for which code for sm_120 would look

@@ -22,6 +22,9 @@ __device__ __forceinline__ T* map_shared(T* local, unsigned rank) {
 // Every thread of every CTA takes part: a kernel whose warps have roles uses an mbarrier instead (PartialTeam).
 __device__ __forceinline__ void cluster_arrive() { cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release); }
 
+// The same without releasing anything: for a barrier that is only to be passed together.
+__device__ __forceinline__ void cluster_arrive_relaxed() { cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_relaxed); }
+
 // Waits for every thread of the cluster to have arrived; acquires what they released.
 __device__ __forceinline__ void cluster_wait() { cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire); }
 

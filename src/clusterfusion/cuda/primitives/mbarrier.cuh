@@ -19,6 +19,24 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
 }
 
+// Arrives at a barrier of this CTA; releases to the CTA.
+__device__ __forceinline__ void mbarrier_arrive_local(cuda::std::uint64_t* barrier) {
+  cuda::ptx::mbarrier_arrive(barrier);
+}
+
+// This thread arrives once at `barrier` and announces `bytes` that copies will bring.
+__device__ __forceinline__ void mbarrier_arrive_expect(cuda::std::uint64_t* barrier, unsigned bytes) {
+  cuda::ptx::mbarrier_arrive_expect_tx(
+      cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, barrier, bytes);
+}
+
+// Waits for the phase of parity `parity` of a barrier that only this CTA uses. Not bounded: a phase of the ring waits
+// for copies and for this CTA's own warps, never for another CTA.
+__device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier, unsigned parity) {
+  while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
 // Arrives at a barrier in any CTA of the cluster (an address from map_shared); releases to the cluster.
 __device__ __forceinline__ void mbarrier_arrive_cluster(cuda::std::uint64_t* mapped_barrier) {
   cuda::ptx::mbarrier_arrive(

@@ -15,11 +15,10 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(cons
   static_assert(sizeof(typename Consumer::Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
   auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
   if (threadIdx.x == 0) Consumer::init(shared);
-  if constexpr (S::kCluster > 1) {
-    cluster_arrive();
+  __syncthreads();
+  if constexpr (S::kCluster > 1) {  // init has fenced the mbarriers for the peers; nothing else is theirs to see
+    cluster_arrive_relaxed();
     cluster_wait();
-  } else {
-    __syncthreads();
   }
   const bool in_cache = BlockShare<S, kSegment>(arguments).position_is_cached();
   if (threadIdx.x >= S::kThreads) {
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(cons
     // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
     // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.
     if constexpr (S::kCluster > 1) {
-      cluster_arrive();
+      cluster_arrive_relaxed();
       cluster_wait();
     }
   }
