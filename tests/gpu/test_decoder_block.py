@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from typing import Any
 
@@ -141,6 +142,33 @@ def test_a_thousand_repeats_have_the_same_bits(name: str) -> None:
                 with torch.cuda.stream(other):
                     a @ a  # someone else's kernel beside ours
             assert torch.equal(one_step(decoder, 1500), first), f"{mode}: repeat {repeat} differs"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "steps"), [("pythia-70m", 3000), ("pythia-2.8b", 600)])
+def test_two_streams_of_overlapping_launches(name: str, steps: int, mode: str) -> None:
+    """Chains of launches that start before the one ahead has ended, two at once, from two threads: nobody starves."""
+    weights = layers_of(name, 4)
+    positions = (100, 1500)
+    expected = [one_step(BlockDecoder(weights, noisy_cache(weights), mode), at) for at in positions]
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def run(which: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            decoder = BlockDecoder(weights, noisy_cache(weights), mode)
+            unlike = torch.zeros((), dtype=torch.int64, device=GPU)
+            for _ in range(steps):
+                unlike += (one_step(decoder, positions[which]) != expected[which]).any()
+            torch.cuda.current_stream().synchronize()
+            decoder.check_error()
+            if unlike.item():
+                wrong.append(f"{int(unlike)} of {steps} steps of thread {which} differ")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(run, which) for which in range(2)]:
+            done.result()
+    assert not wrong
 
 
 @pytest.mark.parametrize("mode", MODES)

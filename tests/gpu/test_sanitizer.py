@@ -88,6 +88,11 @@ for hidden in (7, 224):
 """,
     "collectives of a whole team": COLLECTIVES.format(team="whole"),
     "collectives of a partial team": COLLECTIVES.format(team="joined"),
+    "read ceiling": """
+import torch
+from clusterfusion.bench.read_ceiling import ReadCeiling
+ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
+""",
     "decoder layer, parallel": LAYER.format(options=PARALLEL),
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
 }
@@ -99,12 +104,51 @@ for hidden in (7, 224):
     [(workload, tool) for workload in WORKLOADS for tool in ("memcheck", "racecheck", "synccheck")],
 )
 def test_nothing_is_reported(workload: str, tool: str) -> None:
+    done = sanitize(WORKLOADS[workload], tool)
+    findings = [line for line in done.stdout.splitlines() if "=====" in line and "Host Frame" not in line]
+    assert done.returncode == 0, "\n".join(findings[:30]) + done.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0 hazards" in done.stdout, done.stdout[
+        -2000:
+    ]
+
+
+OUT_OF_BOUNDS = """
+import ctypes, torch, clusterfusion
+from clusterfusion.jit.cluster_norm import choose_cluster_norm
+from clusterfusion.jit.launch import load_kernel
+norm = choose_cluster_norm("rms_norm", 4096, "float16", "float16", "float16", 1, "direct", aligned=False)
+x = torch.zeros(4096, device="cuda").half()
+w = x
+load_kernel(norm.source, norm.instance, 0).launch(
+    norm.launch_shape(1), x, w, None, None, ctypes.c_int64(4096), ctypes.c_int32(4096), ctypes.c_float(1 / 4096),
+    ctypes.c_float(1e-6),
+)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
+@pytest.mark.parametrize(
+    ("workload", "tool"),
+    [
+        (OUT_OF_BOUNDS, "memcheck"),  # writes to a null pointer
+        (COLLECTIVES.format(team="partial"), "racecheck"),  # CTAs leave alone: allowed, but racecheck reports it
+    ],
+    ids=["memcheck", "racecheck"],
+)
+def test_the_tools_are_awake_and_look_at_our_kernels(workload: str, tool: str) -> None:
+    done = sanitize(workload, tool)
+    assert done.returncode != 0
+    assert "clusterfusion::" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def sanitize(workload: str, tool: str) -> subprocess.CompletedProcess[str]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no"]
     # Our kernels alone: PyTorch's are not under test, and instrumenting them takes minutes.
     command += ["--kernel-name", "kernel_substring=clusterfusion"]
     # racecheck of launches that overlap others ends in an internal error of its own.
-    command += ["--force-blocking-launches", sys.executable, "-c", WORKLOADS[workload]]
-    done = subprocess.run(
+    command += ["--force-blocking-launches", sys.executable, "-c", workload]
+    return subprocess.run(
         command,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
@@ -113,8 +157,3 @@ def test_nothing_is_reported(workload: str, tool: str) -> None:
         timeout=300,
         check=False,
     )
-    findings = [line for line in done.stdout.splitlines() if "=====" in line and "Host Frame" not in line]
-    assert done.returncode == 0, "\n".join(findings[:30]) + done.stderr[-2000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0 hazards" in done.stdout, done.stdout[
-        -2000:
-    ]

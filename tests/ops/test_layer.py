@@ -172,6 +172,13 @@ def replaced(name: str, change: Callable[[Tensor], Any]) -> Callable[[Case], dic
     }
 
 
+def overlapping(case: Case) -> dict[str, Any]:
+    """Caches of which one begins a row into the other."""
+    both = torch.cat((case.k.flatten(), case.v.flatten()))
+    k = both[: case.k.numel()].view_as(case.k)
+    return {"k_cache": k, "v_cache": both[case.config.head_dim :][: k.numel()].view_as(k)}
+
+
 BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "x too short": (lambda c: {"x": c.x[:, :-1]}, r"x is of shape \[1, 127\]; it must be \[128\]"),
     "two rows": (lambda c: {"x": c.x.expand(2, -1)}, r"x is of shape \[2, 128\]"),
@@ -213,6 +220,15 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "no eps": (lambda c: {"eps": 0.0}, "eps is 0.0"),
     "NaN eps": (lambda c: {"eps": float("nan")}, "eps is nan"),
     "silu": (lambda c: {"activation": "silu"}, "activation is 'silu'"),
+    "k and v the same": (lambda c: {"v_cache": c.k}, "v_cache shares elements with k_cache"),
+    "v a row into k": (lambda c: overlapping(c), "v_cache shares elements with k_cache"),
+    "one row for all": (lambda c: {"k_cache": c.k[:, :1].expand(-1, ROOM, -1)}, "k_cache is of strides"),
+    "one head for all": (lambda c: {"k_cache": c.k[:1].expand(4, -1, -1)}, "k_cache is of strides"),
+    "x a list": (lambda c: {"x": [1.0]}, "x is a list"),
+    "no cache": (lambda c: {"k_cache": None}, "k_cache is a NoneType"),
+    "cos a list": (lambda c: {"cos": [1.0]}, "cos is a list"),
+    "rotary 8.0": (lambda c: {"rotary_dim": 8.0}, "rotary_dim is 8.0"),
+    "eps as text": (lambda c: {"eps": "1"}, "eps is '1'"),
     "unknown form": (lambda c: {"form": "graph"}, "form is 'graph'"),
 }
 
@@ -225,6 +241,80 @@ def test_bad_arguments_are_named(name: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         case.call(**change(case))
     assert torch.equal(case.k, k) and torch.equal(case.v, v)
+
+
+@pytest.mark.parametrize(
+    "name", ["k_cache", "v_cache", "cos", "sin", "position", "o_weight", "up_bias", "post_norm_weight"]
+)
+def test_a_tensor_without_data_is_named(name: str) -> None:
+    case = Case()
+    arguments = case.arguments(position=torch.tensor([7], dtype=torch.int32))
+    if name in arguments:
+        arguments[name] = arguments[name].to("meta")
+    else:
+        arguments["layer_weights"] = dataclasses.replace(case.weights, **{name: getattr(case.weights, name).to("meta")})
+    with pytest.raises(ArgumentError, match=f"{name} is on meta"):
+        clusterfusion.decoder_layer(**arguments)
+
+
+def test_caches_that_lie_between_each_other() -> None:
+    """Keys and values in one tensor, in all the ways that keep them apart."""
+    expected = Case().call()
+    heads, head_dim = Case().k.shape[0], Case().k.shape[2]
+    layouts = {
+        (2, heads, ROOM, head_dim): (0, 1, 2, 3),
+        (heads, 2, ROOM, head_dim): (1, 0, 2, 3),
+        (heads, ROOM, 2, head_dim): (2, 0, 1, 3),
+        (ROOM, heads, 2, head_dim): (2, 1, 0, 3),
+        (ROOM, 2, heads, head_dim): (1, 2, 0, 3),
+    }
+    for shape, order in layouts.items():
+        case = Case()
+        both = torch.empty(shape, dtype=torch.float16).permute(order)
+        both.copy_(torch.stack((case.k, case.v)))
+        got = case.call(k_cache=both[0], v_cache=both[1])
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), shape
+
+
+def test_parameters_record_no_gradient() -> None:
+    case = Case()
+    layer = LayerWeights(
+        **{
+            field.name: torch.nn.Parameter(value) if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(LayerWeights)
+            for value in (getattr(case.weights, field.name),)
+        }
+    )
+    position = torch.tensor([7], dtype=torch.int32)
+    arguments = case.arguments(layer_weights=layer, position=position)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return clusterfusion.decoder_layer(**arguments | {"x": x})
+
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        assert not any(result.requires_grad for result in run(case.x))
+
+
+def test_inference_caches_outside_inference_mode_are_refused_before_they_change() -> None:
+    with torch.inference_mode():
+        case = Case()
+        case.call()
+    k = case.k.clone()
+    with pytest.raises(ArgumentError, match="k_cache was made in inference mode"):
+        case.call(position=9)
+    assert torch.equal(case.k, k)
+
+
+def test_autocast_changes_nothing() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = Case().call()
+    assert all(torch.equal(a, b) for a, b in zip(got, Case().call(), strict=True))
+
+
+def test_positions_of_another_library() -> None:
+    import numpy as np
+
+    assert torch.equal(Case().call(position=np.int64(7))[0], Case().call(position=7)[0])
 
 
 def test_a_layer_of_a_loaded_model_can_be_passed_on() -> None:

@@ -73,6 +73,6 @@ def agreed_output(outputs: dict[str, Tensor], context: int) -> Tensor:
             differing = int((out != first[1]).sum())
             raise ClusterFusionError(
                 f"{name} and {first[0]} differ at context {context} in {differing} of {out.numel()} values; every form "
-                "must give the same bits, so nothing was timed"
+                "must give the same bits, so there is no result"
             )
     return first[1]

@@ -43,7 +43,7 @@ def measure_layers(options: LayerOptions, progress: Progress, command: str = "")
     dtype = getattr(torch, options.dtype)
     room = -(-(max(options.contexts) + 1) // CACHE_UNIT) * CACHE_UNIT
     read_bytes = data_bytes(costs.weight_bytes(config))
-    kv_copies = 2 if options.peers else 1
+    kv_copies = 1 + len(PEERS) * options.peers
     needed = costs.weight_bytes(config) + kv_copies * costs.kv_bytes(config, room) + read_bytes + LEAD_BYTES
     require_memory(f"bench layer of {options.shape}", needed, device)
 

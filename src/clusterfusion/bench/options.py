@@ -70,9 +70,9 @@ def parse_contexts(contexts: str | tuple[int, ...], most: int) -> tuple[int, ...
     `most`, there is at least one, and none comes twice."""
     if isinstance(contexts, str):
         parts = contexts.split(",")
-        if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 20 for part in parts):
             raise ArgumentError(
-                f"contexts is {contexts!r}; it must be numbers of tokens with commas between, as 16,512"
+                f"contexts is {contexts[:80]!r}; it must be numbers of tokens with commas between, as 16,512"
             )
         contexts = tuple(map(int, parts))
     checked = tuple(as_int("contexts", context, 0, most) for context in contexts)

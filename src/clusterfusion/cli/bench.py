@@ -49,8 +49,17 @@ def layer(
     """Measure decoder layers alone: no embedding, no LM head; one token, one stream, random weights."""
     from clusterfusion.bench.options import layer_options
 
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise ArgumentError(f"--json is {str(json_file)!r}; it must name a file in a folder that exists")
+    if json_file is not None:
+        try:
+            was_there = json_file.exists()
+            json_file.open("a", encoding="utf-8").close()  # tried before anything is measured
+            if not was_there:
+                json_file.unlink()
+        except OSError as error:
+            raise ArgumentError(
+                f"--json is {str(json_file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
+                "that exists"
+            ) from error
     options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
 
     from clusterfusion.bench.layer import measure_layers
@@ -81,6 +90,7 @@ def _print(report: LayerReport) -> None:
     for line in failures(report):
         console.print(line, soft_wrap=True)
     console.print(
-        f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs.",
+        f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs. "
+        "Where the host is slower than the GPU, as with eager peers, the time is the host's.",
         style="dim",
     )

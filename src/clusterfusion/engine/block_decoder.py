@@ -28,7 +28,8 @@ from clusterfusion.weights import DecoderWeights, LayerWeights
 
 
 class BlockDecoder:
-    """Runs steps over one K/V cache, which it shares with its session. Its buffers belong to it alone.
+    """Runs steps over one K/V cache, which it shares with its session. Its buffers belong to it alone, and to the stream
+    that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
 
     Device memory beside weights and cache: `plan.scratch_bytes`, two residual vectors, the rotary tables
     [max_len, rotary_dim / 2], and in graph mode the logits.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import operator
+import threading
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +18,7 @@ from clusterfusion.ops.layer_checks import (
     cache_views,
     check_layer,
     check_qkv,
+    check_writable,
     checked_tables,
     layer_config,
     require,
@@ -62,7 +65,8 @@ def decoder_layer(
     token's are written at row `position` and returned as k_new, v_new [heads, head_dim].
     position: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on x's device, which
     one captured CUDA graph then reads anew at each replay. A tensor's value is not looked at before the launch: one out of
-    range leaves x' NaN, the cache untouched, and makes the next call on the device a DeviceError.
+    range leaves all three results NaN and the cache untouched, and makes the next call on the device a DeviceError. (A
+    replay of a graph is no call: after replays, look at the results.)
     cos, sin: float32 [rows, rotary_dim / 2] (row `position` is taken; of a single row, that one), or, where the two
     dimensions of a pair have angles of their own, [rows, rotary_dim or more], of which the first rotary_dim count.
     form: "fused", one cooperative launch with clusters, or "split", regular launches; the same bits.
@@ -78,11 +82,26 @@ def decoder_layer(
     w = layer_weights
     if w.qkv_weight is None or w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None:
         raise ArgumentError("layer_weights is not a GPT-NeoX layer: it must have qkv_weight, norm biases and no gate")
-    # Mixed with tensors on "meta", the operator would only infer shapes.
-    require("x", f"on {x.device}", x.device == w.qkv_weight.device, f"on {w.qkv_weight.device}, where the weights are")
+    tensors = {"x": x, "k_cache": k_cache, "v_cache": v_cache, "cos": cos, "sin": sin}
+    position = _position_tensor(position, tensors)
+    tensors |= {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}
+    for name, tensor in (tensors | {"position": position}).items():
+        # Among them one on "meta" would make the operator infer shapes and compute nothing.
+        if isinstance(tensor, Tensor) and tensor.device != w.qkv_weight.device:
+            raise ArgumentError(f"{name} is on {tensor.device}; it must be on {w.qkv_weight.device}, as qkv_weight is")
+    require("rotary_dim", repr(rotary_dim), isinstance(rotary_dim, int), "an int")
+    require("eps", repr(eps), isinstance(eps, (int, float)), "a positive number")
+    with torch.no_grad():
+        return _call(x, position, w, k_cache, v_cache, cos, sin, rotary_dim, eps, activation, parallel_residual, form)
+
+
+def _call(
+    x: Tensor, position: Tensor, w: LayerWeights, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.ops.clusterfusion.decoder_layer(
         x,
-        _position_tensor(position, x, k_cache),
+        position,
         w.qkv_weight,
         w.qkv_bias,
         w.o_weight,
@@ -108,9 +127,15 @@ def decoder_layer(
     )
 
 
-def _position_tensor(position: int | Tensor, x: Tensor, k_cache: Tensor) -> Tensor:
+def _position_tensor(position: int | Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
     if isinstance(position, Tensor):
         return position
+    x, k_cache = tensors["x"], tensors["k_cache"]
+    if not isinstance(position, (bool, int)) and hasattr(position, "__index__"):  # of another library
+        position = operator.index(position)
     if k_cache.dim() not in (2, 3):
         raise ArgumentError(f"k_cache has shape {list(k_cache.shape)}; it must be {CACHE_SHAPES}")
     max_len = k_cache.shape[-2]
@@ -165,6 +190,7 @@ def _decoder_layer(
     )  # fmt: skip
     check_layer(x, weights, position)
     k, v = cache_views(k_cache, v_cache, weights)
+    check_writable(k, v)
     config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual)
     tables = checked_tables(cos, sin, config, x.device)
     require("form", repr(form), form in FORMS, f"one of {FORMS}")
@@ -221,7 +247,8 @@ def _on_cpu(
     second = tables.second_angles
     cos, sin = (torch.stack((t[:half], t[second : second + half]))[None] for t in (cos, sin))  # [1, 2, half]
     row = x.reshape(1, -1).float()
-    out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
+    with torch.autocast("cpu", enabled=False):
+        out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
     return out.to(x.dtype).reshape(x.shape), k[:, at].clone(), v[:, at].clone()
 
 
@@ -252,10 +279,16 @@ def _on_gpu(
     return out.view(x.shape), k_new, v_new
 
 
-@functools.cache
+_ERRORS: dict[int, ErrorRecord] = {}
+_ERRORS_LOCK = threading.Lock()
+
+
 def error_record(device_index: int) -> ErrorRecord:
     """The one that all calls on a device share."""
-    return ErrorRecord()
+    with _ERRORS_LOCK:
+        if device_index not in _ERRORS:
+            _ERRORS[device_index] = ErrorRecord()
+        return _ERRORS[device_index]
 
 
 def dense(x: Tensor) -> Tensor:

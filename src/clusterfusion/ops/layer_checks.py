@@ -95,7 +95,9 @@ def cache_views(k_cache: Tensor, v_cache: Tensor, weights: LayerWeights) -> tupl
         )
         require(name, f"on {cache.device}", cache.device == weights.q_weight.device, f"on {weights.q_weight.device}")
         require(name, f"of strides {cache.stride()}", cache.stride(-1) == 1, "dense in its last dimension")
-        views.append(cache.unflatten(1, (heads, head_dim)).transpose(0, 1) if len(shape) == 2 else cache)
+        view = cache.unflatten(1, (heads, head_dim)).transpose(0, 1) if len(shape) == 2 else cache
+        require(name, f"of strides {cache.stride()}", not _overlaps_itself(view), "of rows that do not overlap")
+        views.append(view)
     k, v = views
     same = v_cache.shape == k_cache.shape and v.stride() == k.stride()
     require(
@@ -105,6 +107,41 @@ def cache_views(k_cache: Tensor, v_cache: Tensor, weights: LayerWeights) -> tupl
         f"laid out as k_cache is: shape {list(k_cache.shape)}, strides {k_cache.stride()}",
     )
     return k, v
+
+
+def check_writable(k: Tensor, v: Tensor) -> None:
+    """Before anything is written, of the views: that the call may write, and writes of one are not in the other."""
+    for name, cache in (("k_cache", k), ("v_cache", v)):
+        if cache.is_inference() and not torch.is_inference_mode_enabled():
+            raise ArgumentError(f"{name} was made in inference mode; it must be used there, or be made outside")
+    if _share_elements(k, v):
+        raise ArgumentError("v_cache shares elements with k_cache; it must have elements of its own")
+
+
+def _steps(cache: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Stride and size of heads and tokens, the smaller stride first."""
+    small, large = sorted((cache.stride(i), cache.shape[i]) for i in range(2))
+    return small, large
+
+
+def _overlaps_itself(cache: Tensor) -> bool:
+    """Whether rows of head_dim elements may share elements: unless one of heads and tokens lies whole between two steps of
+    the other, they are taken to."""
+    (small, count), (large, number) = _steps(cache)
+    inner = (count - 1) * small + cache.shape[2]
+    return (count > 1 and small < cache.shape[2]) or (number > 1 and large < inner)
+
+
+def _share_elements(k: Tensor, v: Tensor) -> bool:
+    """Of two caches of the same layout that do not overlap themselves."""
+    (small, count), (large, number) = _steps(k)
+    distance = abs(v.data_ptr() - k.data_ptr()) // k.element_size()
+    for i in (distance // max(large, 1), distance // max(large, 1) + 1):
+        rest = distance - i * large
+        for j in (rest // max(small, 1), rest // max(small, 1) + 1):
+            if i < number and abs(j) < count and abs(rest - j * small) < k.shape[2]:
+                return True
+    return False
 
 
 def checked_tables(cos: Tensor, sin: Tensor, config: DecoderConfig, device: torch.device) -> RotaryTables:

@@ -26,14 +26,21 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
 }
 _DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")
 _BAD_POSITION = len(_DEPENDENCIES) + 1
+_CLAIM = 4  # the word of an error record that whoever writes it has set first
 
 # Held while a CUDA graph is captured: entering a capture synchronises the device, which another capture forbids.
 CAPTURE_LOCK = threading.Lock()
 
 
-@functools.lru_cache(maxsize=64)
 def plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
     """The plan of a model's layers on a GPU. Raises UnsupportedModelError or DeviceError saying what rules it out."""
+    # What no plan depends on is levelled: a cache that grows does not make a new plan.
+    levelled = dataclasses.replace(config, max_position=1, norm_eps=1.0, vocab_size=1, num_layers=1)
+    return dataclasses.replace(_plan_for(levelled, device_index), config=config)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
     limits = device_limits(device_index)
     architecture_of(limits.compute_capability, limits.name)
     return plan_block(config, PlanLimits(limits.name, limits.multiprocessors, limits.shared_bytes_per_block))
@@ -51,10 +58,12 @@ class ErrorRecord:
         return self._words.data_ptr()
 
     def check(self, way_out: str, *, forget: bool = False) -> None:
-        """Raise DeviceError if a launch that has ended gave up; the message ends in `way_out`. `forget`: only once."""
+        """Raise DeviceError if a launch that has ended gave up; the message ends in `way_out`. The record is of the first
+        that did; it may stand for later ones too. `forget`: raise only once."""
         which, cta, expected, seen, *_ = self._words.tolist()
         if which and forget:
-            self._words.zero_()
+            for word in (3, 2, 1, 0, _CLAIM):  # the claim last: until then nobody writes a record
+                self._words[word] = 0
         if which == _BAD_POSITION:
             raise DeviceError(
                 f"an earlier decode step was asked for position {seen} of a cache of {expected} tokens; it did nothing, and "

@@ -152,13 +152,17 @@ class BlockConsumer : public BlockShare<S, kSegment> {
     if (kWhole && threadIdx.x == 0) grid_count(counter(kLaunchDone));
   }
 
-  // Instead of run, in all CTAs alike, when the position is not in the cache: nothing is touched but the output.
+  // Instead of run, in all CTAs alike, when the position is not in the cache: nothing is touched but the results.
   __device__ void refuse() {
     if (cta_ == 0 && threadIdx.x == 0) record_error(kBadPosition, a_.max_len, position_);
-    if constexpr (S::kParallel ? runs(Segment::output) : runs(Segment::contract)) {
-      const int last = rows_to(S::kHidden);
-      for (int i = rows_from(S::kHidden) + threadIdx.x; i < last; i += S::kThreads) {
-        static_cast<X*>(a_.out)[i] = from_float<X>(cuda::std::numeric_limits<float>::quiet_NaN());
+    constexpr float kNaN = cuda::std::numeric_limits<float>::quiet_NaN();
+    constexpr bool kWritesOut = S::kParallel ? runs(Segment::output) : runs(Segment::contract);
+    const int last = rows_to(S::kHidden);
+    for (int i = rows_from(S::kHidden) + threadIdx.x; i < last; i += S::kThreads) {
+      if constexpr (kWritesOut) static_cast<X*>(a_.out)[i] = from_float<X>(kNaN);
+      if (runs(Segment::attend) && a_.k_new != nullptr) {
+        static_cast<W*>(a_.k_new)[i] = from_float<W>(kNaN);
+        static_cast<W*>(a_.v_new)[i] = from_float<W>(kNaN);
       }
     }
   }
