@@ -61,7 +61,11 @@ def options(monkeypatch: pytest.MonkeyPatch) -> LayerOptions:
 
 def test_a_run_measures_every_form_at_every_context(options: LayerOptions) -> None:
     lines: list[str] = []
-    report = layer.measure_layers(options, lines.append, "the command")
+    so_far: list[int] = []
+    report = layer.measure_layers(
+        options, lines.append, "the command", lambda report: so_far.append(len(report.contexts))
+    )
+    assert so_far == list(range(1, len(options.contexts) + 1)), "a report after every context"
     said = to_json(report)
     assert [context["context"] for context in said["contexts"]] == [0, 33]
     for context in said["contexts"]:

@@ -268,9 +268,9 @@ def test_tensors_that_cannot_be_read_where_they_lie(block: Block) -> None:
     shifted = padded[1:].view_as(block.weights.o_weight).copy_(block.weights.o_weight)
     with pytest.raises(UnsupportedModelError, match="o_weight of shape .* multiple of 16"):
         block.ours(3, layer_weights=dataclasses.replace(block.weights, o_weight=shifted))
-    odd = torch.zeros(12, 300, 65, dtype=torch.float16, device=GPU)[:, :, :64]
+    odd, too = (torch.zeros(12, 300, 65, dtype=torch.float16, device=GPU)[:, :, :64] for _ in range(2))
     with pytest.raises(UnsupportedModelError, match="cannot be streamed"):
-        block.ours(3, k_cache=odd, v_cache=odd)
+        block.ours(3, k_cache=odd, v_cache=too)
 
 
 def test_calls_on_two_streams_do_not_disturb_each_other(block: Block) -> None:

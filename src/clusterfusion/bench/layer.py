@@ -32,8 +32,14 @@ Progress = Callable[[str], None]
 
 
 @torch.no_grad()
-def measure_layers(options: LayerOptions, progress: Progress, command: str = "") -> LayerReport:
-    """Everything in one run on the current GPU. `progress` gets a line now and then; `command` goes into the report.
+def measure_layers(
+    options: LayerOptions,
+    progress: Progress,
+    command: str = "",
+    on_context: Callable[[LayerReport], None] = lambda report: None,
+) -> LayerReport:
+    """Everything in one run on the current GPU. `progress` gets a line now and then; `command` goes into the report;
+    `on_context` gets the report so far after every context, so that an interrupted run leaves what it has measured.
 
     Raises DeviceError without a GPU that runs the kernels, or without the memory; ClusterFusionError when the launch
     forms differ in a bit or give what is not finite. A peer that fails is in the report and ends nothing.
@@ -60,6 +66,8 @@ def measure_layers(options: LayerOptions, progress: Progress, command: str = "")
     forms = [Form(name, weights, cache, x) for name in FORMS]
     peers = Peers(weights, cache, x) if options.peers else None
 
+    assert device.index is not None
+    facts = environment.device_facts(device.index)
     timer = DeviceTimer(ceiling.lead)
     ceiling_times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     contexts = []
@@ -77,21 +85,22 @@ def measure_layers(options: LayerOptions, progress: Progress, command: str = "")
         for variant in VARIANTS:
             ceiling_times[variant] += timings[variant].times_ms
         contexts.append(_context_times(context, timings, setups))
+        report = LayerReport(
+            options=options,
+            command=command,
+            device=facts,
+            versions=environment.versions(),
+            source_digest=environment.package_digest(),
+            read_bytes=read_bytes,
+            read_times={variant: summarise(times) for variant, times in ceiling_times.items()},
+            contexts=tuple(contexts),
+        )
+        on_context(report)
         del setups, candidates  # caches and graphs of this context's peers
         if peers is not None:
             peers.forget_context()
 
-    assert device.index is not None
-    return LayerReport(
-        options=options,
-        command=command,
-        device=environment.device_facts(device.index),
-        versions=environment.versions(),
-        source_digest=environment.package_digest(),
-        read_bytes=read_bytes,
-        read_times={variant: summarise(times) for variant, times in ceiling_times.items()},
-        contexts=tuple(contexts),
-    )
+    return report
 
 
 def require_gpu() -> torch.device:

@@ -69,13 +69,14 @@ def layer(
     def progress(message: str) -> None:
         typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
 
-    report = measure_layers(options, progress, shlex.join(["clusterfusion", *sys.argv[1:]]))
-    _print(report)
-    if json_file is not None:
+    def write(report: LayerReport) -> None:
         from clusterfusion.bench.report import to_json
 
-        json_file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
-        progress(f"written to {json_file}")
+        if json_file is not None:
+            json_file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
+            progress(f"written to {json_file}, with {len(report.contexts)} of {len(options.contexts)} contexts")
+
+    _print(measure_layers(options, progress, shlex.join(["clusterfusion", *sys.argv[1:]]), write))
 
 
 def _print(report: LayerReport) -> None:
