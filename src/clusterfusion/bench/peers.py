@@ -22,7 +22,9 @@ from clusterfusion.bench.samples import Candidate, one_line
 from clusterfusion.errors import ClusterFusionError
 from clusterfusion.weights import DecoderWeights
 
-PEERS = ("transformers eager", "transformers CUDA graph", "transformers compile")
+# Set up in this order. torch.compile's own CUDA graphs drop cuBLAS's workspaces while they are recorded; a graph captured
+# before that would go on writing to them.
+PEERS = ("transformers eager", "transformers compile", "transformers CUDA graph")
 CACHE_UNIT = 16  # tokens; attention kernels want a mask of such a multiple
 FEWEST_SAMPLES = 20
 SAMPLE_BUDGET_S = 2.0  # of one peer at one context, unless FEWEST_SAMPLES take longer
