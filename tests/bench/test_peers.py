@@ -78,7 +78,7 @@ def test_failures_are_reported_and_go_no_further(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(peers, "_seconds", lambda *_: 0.05)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
     made = Peers(weights, kv, x)
-    eager, graph, compiled = (made.set_up(name, 20, expected, 100) for name in PEERS)
+    eager, compiled, graph = (made.set_up(name, 20, expected, 100) for name in PEERS)
     assert eager.error is None
     assert eager.candidate is not None
     assert (eager.candidate.samples, eager.candidate.may_fail) == (40, True)
