@@ -1,4 +1,6 @@
-"""Measurements: times beside the read ceiling of the GPU and beside other implementations, in one run.
+"""Measurements: times beside the read ceiling of the GPU, results beside other implementations and float64.
+
+Times (`clusterfusion bench`)
 
 `layer`         `clusterfusion bench layer`: the decoder layers of a model alone
 `options`       what to measure, checked
@@ -8,6 +10,22 @@
 `read_ceiling`  bytes a second that this GPU reads
 `forms`         our own decoder layers in their launch forms
 `peers`         transformers, on the same weights
-`environment`   device, versions, digest of the sources: what a result file needs to be evidence
 `report`        the results as data, JSON and a table
+
+Results
+
+`verify`             `clusterfusion verify`: greedy tokens against transformers', bits against other runs and modes
+`divergence`         where two decodings part, and whether that was a tie or an error
+`quality`            `clusterfusion quality`: both sides' logits and hidden states against float64
+`agreement`          KL divergence, top-k overlap, bootstrap intervals
+`perplexity`         `clusterfusion perplexity`: decoding, prefill and transformers over the same windows
+`truth`              the float64 reference, and the engine's own hidden state
+`causal_lm`          transformers' causal language models: greedy, by steps, over a whole text
+`texts`              built-in prompts and texts, random tokens, files, public data sets
+`evaluation`         what the three share: both sides, facts of a run, progress, JSON
+`verify_report`, `quality_report`, `perplexity_report`   their tables, lines and JSON
+
+Both
+
+`environment`   device, versions, digest of the sources: what a result file needs to be evidence
 """

@@ -14,6 +14,7 @@ import typer
 
 from clusterfusion import __version__
 from clusterfusion.cli.bench import bench
+from clusterfusion.cli.evaluate import perplexity, quality, verify
 from clusterfusion.cli.generate import generate
 from clusterfusion.cli.info import info
 from clusterfusion.cli.models import models
@@ -35,6 +36,9 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(models)
+app.command()(verify)
+app.command()(quality)
+app.command()(perplexity)
 app.add_typer(bench)
 
 
@@ -55,7 +59,8 @@ def _options(
 
 
 def main() -> NoReturn:
-    """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted."""
+    """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted; 3 if `verify`
+    found the output different."""
     arguments, debug = _take_debug(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")

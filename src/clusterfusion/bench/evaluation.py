@@ -1,0 +1,135 @@
+"""What `verify`, `quality` and `perplexity` share: both sides of a comparison, the facts of a run, progress, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from clusterfusion import checkpoint
+from clusterfusion.bench import environment
+from clusterfusion.bench.causal_lm import CausalLM
+from clusterfusion.engine import Engine, load
+from clusterfusion.engine.loading import DEMO, demo_folder
+from clusterfusion.errors import ArgumentError, DeviceError
+
+FORMAT = 1  # of the JSON; grows when a field changes its meaning or goes away
+_PACE_S = 2.0
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What was evaluated, on what, with which sources: what makes a result file evidence."""
+
+    model: str
+    family: str
+    parameters: int
+    mode: str
+    mode_reason: str
+    dtype: str
+    transformers_weights: str
+    device: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    source_digest: str
+    command: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Our engine and transformers' model on the same weights, dtype and device."""
+
+    engine: Engine
+    peer: CausalLM
+
+    def facts(self, command: str, mode: str | None = None) -> Facts:
+        engine = self.engine
+        return Facts(
+            model=engine.name,
+            family=engine.config.family,
+            parameters=engine.config.num_parameters,
+            mode=mode or engine.mode,
+            mode_reason=engine.mode_reason,
+            dtype=str(engine.dtype).removeprefix("torch."),
+            transformers_weights=self.peer.weights,
+            device=device_facts(engine.device),
+            versions=environment.versions(),
+            source_digest=environment.package_digest(),
+            command=command,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+def load_sides(
+    model: str | None,
+    *,
+    random_weights: str | None = None,
+    mode: str = "auto",
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Sides:
+    """Both sides of `model` (a hub id, a folder or "demo") or of a named shape with random weights.
+
+    Raises as `load` does, and ClusterFusionError where transformers is missing or does not load the model.
+    """
+    if (model is None) == (random_weights is None):
+        got = "neither" if model is None else "both"
+        raise ArgumentError(f"an evaluation needs either MODEL or --random-weights SHAPE; {got} was given")
+    engine = load(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
+    if model is None:
+        return Sides(engine, CausalLM.shared(engine.weights))
+    folder = demo_folder() if model == DEMO else checkpoint.locate(model)
+    return Sides(engine, CausalLM.from_folder(folder, engine.dtype, engine.device, engine.weights.num_bytes))
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Of a GPU what `environment` knows; of a CPU its name and how many threads compute."""
+    if device.type == "cuda":
+        try:
+            return environment.device_facts(device.index or 0)
+        except DeviceError:  # without the kernels' toolchain the reference mode still runs
+            return {"name": torch.cuda.get_device_name(device)}
+    return {"name": platform.processor() or platform.machine() or "CPU", "threads": torch.get_num_threads()}
+
+
+class Pace:
+    """Says how far a long loop is, every two seconds at most."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress, self._what, self._total = progress, what, total
+        self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= _PACE_S:
+            self._said = now
+            self._progress(f"{self._what}: {done} of {self._total}")
+
+
+def to_json(evaluation: str, report: Any) -> dict[str, Any]:
+    """A report dataclass as JSON values, with the evaluation's name and the format. Numbers that JSON lacks (NaN and
+    infinities) become text."""
+    return {"evaluation": evaluation, "format": FORMAT} | _plain(dataclasses.asdict(report))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def heading(facts: Facts) -> str:
+    """One line: the model, how it ran, and on what."""
+    return f"{facts.model}, {facts.dtype}, mode {facts.mode}, on {facts.device['name']}, beside transformers"

@@ -1,0 +1,62 @@
+"""The results of `quality` as a table, lines and JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clusterfusion.bench import evaluation
+from clusterfusion.bench.agreement import Estimate
+from clusterfusion.bench.quality import QualityReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAMES = {
+    "greedy_match": "greedy token match",
+    "top_1": "top-1 agreement",
+    "top_5": "top-5 agreement",
+    "top_10": "top-10 agreement",
+    "logits_mae": "logits MAE",
+    "kl_nats": "KL divergence, nats",
+    "hidden_mae": "hidden state MAE",
+}
+NOTE = (
+    "Each side against the float64 reference, teacher-forced, token by token. In brackets: 95% bootstrap intervals over "
+    "positions. Hidden state: what the final norm reads. KL: of the reference's distribution from the side's, in float64."
+)
+
+
+def to_json(report: QualityReport) -> dict[str, Any]:
+    """The report as JSON values."""
+    return evaluation.to_json("quality", report)
+
+
+def table(report: QualityReport) -> Table:
+    """A row for every measure: ours, transformers', and the difference."""
+    from rich.table import Table
+
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    made.add_column("measure", no_wrap=True)
+    for name in ("ours", "transformers", "ours - transformers"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for name, measure in report.measures.items():
+        made.add_row(NAMES[name], *map(_shown, (measure.ours, measure.transformers, measure.difference)))
+        if name == "logits_mae":
+            largest = report.logits_max
+            made.add_row("logits, largest error", f"{largest.ours:.3e}", f"{largest.transformers:.3e}", "")
+    return made
+
+
+def _shown(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not to be had"
+    return f"{estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def lines(report: QualityReport) -> list[str]:
+    """What the table stands on, and what it leaves out."""
+    cut = f" of {report.asked_tokens}, interrupted" if report.interrupted else ""
+    said = [f"{report.positions} positions{cut}: {report.source}"]
+    if report.hidden_note is not None:
+        said.append(f"our hidden state is left out: {report.hidden_note}")
+    return said

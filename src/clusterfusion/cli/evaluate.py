@@ -1,0 +1,201 @@
+"""`clusterfusion verify`, `quality` and `perplexity`: is the output right? Beside transformers, on any device."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clusterfusion.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from clusterfusion.bench.evaluation import Facts
+
+EXIT_DIFFERENT = 3  # verified, and found different: neither an error (1) nor a usage error (2)
+EXIT_INTERRUPTED = 130  # as in cli/app.py
+_WIDTH = 120  # the table whole, whatever the terminal
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
+]
+RandomWeights = Annotated[
+    str | None,
+    typer.Option("--random-weights", help="A named shape instead of MODEL, with random weights.", metavar="SHAPE"),
+]
+ModeOption = Annotated[str, typer.Option(help="auto, reference, split, fused, graph or model.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or float64.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write everything to this file as JSON.", metavar="FILE")
+]
+
+
+def verify(
+    model: ModelArgument = None,
+    random_weights: RandomWeights = None,
+    modes: Annotated[
+        str,
+        typer.Option(help="Modes with commas between, which must agree to the bit; reference sums in another order."),
+    ] = "auto",
+    prompts: Annotated[int, typer.Option(help="How many: varied texts, and random tokens of several lengths.")] = 16,
+    tokens: Annotated[int, typer.Option(help="New tokens after each prompt.")] = 32,
+    runs: Annotated[int, typer.Option(help="Decodings of each prompt in each mode, each in a session of its own.")] = 2,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Is decoding lossless? Our greedy tokens against transformers', and the logits of every run and mode against each
+    other's bits. Exit status: 0 if every difference from transformers is a tie within rounding or ours is right, and all
+    runs are equal to the bit; 3 if not; 1 for an error, 2 for a usage error, 130 if interrupted."""
+    check_writable(json_file)
+    from clusterfusion.bench import verify_report
+    from clusterfusion.bench.evaluation import load_sides
+    from clusterfusion.bench.verify import check_counts, mode_names
+    from clusterfusion.bench.verify import verify as run
+
+    progress, command = progress_lines(), command_line()
+    check_counts(prompts, runs)
+    first_mode = mode_names(modes)[0]
+    sides = load_sides(model, random_weights=random_weights, mode=first_mode, dtype=dtype, device=device)
+    report = run(sides, progress, modes=modes, prompts=prompts, tokens=tokens, runs=runs, command=command)
+    table = verify_report.table(report) if report.divergences else None
+    write_json(json_file, verify_report.to_json(report), progress)
+    show(report.facts, table, verify_report.lines(report), f"Rule. {report.rule}" if report.divergences else "")
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not report.passed:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+def quality(
+    model: ModelArgument = None,
+    random_weights: RandomWeights = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; a built-in one if left out.", metavar="FILE")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Most tokens of the text; 256, or the model's limit.")] = None,
+    mode: ModeOption = "auto",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """How far are the logits from float64? Ours and transformers', at every token of a text: agreement, errors and KL
+    divergence, with intervals."""
+    check_writable(json_file)
+    from clusterfusion.bench import quality_report
+    from clusterfusion.bench.evaluation import load_sides
+    from clusterfusion.bench.quality import quality as run
+    from clusterfusion.bench.texts import read_text
+
+    progress, command = progress_lines(), command_line()
+    if text is not None:
+        read_text(text)  # before a model is loaded
+    sides = load_sides(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
+    random_text = random_weights is not None
+    report = run(sides, progress, text_file=text, tokens=tokens, random_text=random_text, command=command)
+    write_json(json_file, quality_report.to_json(report), progress)
+    show(report.facts, quality_report.table(report), quality_report.lines(report), quality_report.NOTE)
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def perplexity(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
+    ],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text to score.", metavar="FILE")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="A data set instead, through the package datasets: REPOSITORY[:CONFIGURATION[:SPLIT]]. Without --text: "
+            "wikitext-2-raw's test split, and for demo its held-out text."
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of context; 1024, or the model's limit.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens that a window advances; half of it if left out.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the text.")] = 4096,
+    mode: ModeOption = "auto",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """What does a text cost? Sliding-window perplexity through decoding, through prefill and through transformers."""
+    check_writable(json_file)
+    from clusterfusion.bench import perplexity_report
+    from clusterfusion.bench.evaluation import load_sides
+    from clusterfusion.bench.perplexity import perplexity as run
+    from clusterfusion.bench.texts import read_text
+
+    progress, command = progress_lines(), command_line()
+    if text is not None:
+        read_text(text)  # before a model is loaded
+    sides = load_sides(model, mode=mode, dtype=dtype, device=device)
+    report = run(
+        sides,
+        progress,
+        text_file=text,
+        dataset=dataset,
+        window=window,
+        stride=stride,
+        max_tokens=max_tokens,
+        command=command,
+    )
+    write_json(json_file, perplexity_report.to_json(report), progress)
+    show(report.facts, perplexity_report.table(report), perplexity_report.lines(report), "")
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def check_writable(json_file: Path | None) -> None:
+    """Try the file before anything is measured. Raises ArgumentError."""
+    if json_file is None:
+        return
+    try:
+        was_there = json_file.exists()
+        json_file.open("a", encoding="utf-8").close()
+        if not was_there:
+            json_file.unlink()
+    except OSError as error:
+        raise ArgumentError(
+            f"--json is {str(json_file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
+            "that exists"
+        ) from error
+
+
+def progress_lines() -> Callable[[str], None]:
+    """Lines on stderr, each with the seconds since now."""
+    began = time.monotonic()
+    return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
+
+
+def command_line() -> str:
+    """The command as a shell would take it."""
+    return shlex.join(["clusterfusion", *sys.argv[1:]])
+
+
+def write_json(json_file: Path | None, report: dict[str, Any], progress: Callable[[str], None]) -> None:
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        progress(f"written to {json_file}")
+
+
+def show(facts: Facts, table: Table | None, lines: Sequence[str], note: str) -> None:
+    """The report on stdout: what was measured, the table, what it says, and what to know of it."""
+    from rich.console import Console
+
+    from clusterfusion.bench.evaluation import heading
+
+    console = Console(width=max(Console().width, _WIDTH), highlight=False, markup=False)
+    console.print(heading(facts), soft_wrap=True)
+    if table is not None:
+        console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if note:
+        console.print(note, style="dim")
