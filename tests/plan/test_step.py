@@ -1,15 +1,22 @@
-"""The schedule of the whole step: sound for every GPT-NeoX shape and device class, and the check that says so can tell when
-it is not."""
+"""The schedule of the whole step: sound for every GPT-NeoX shape and device class; the check that says so can tell when it is
+not; and followed on the CPU, it computes the model, with the same bits in every order."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan.step_interpreter import StepInterpreter
+from tiny_models import random_token_ids, relative_error, tiny_gpt_neox, weights_of
+from torch import Tensor
 
+from clusterfusion import reference
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
@@ -20,6 +27,7 @@ from clusterfusion.plan import (
     BlockPlan,
     PlanLimits,
     balance,
+    check_plan,
     check_step,
     plan_block,
     step,
@@ -27,6 +35,7 @@ from clusterfusion.plan import (
 )
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_check import buffers_needed, run_step
+from clusterfusion.weights import DecoderWeights
 
 GPT_NEOX = [name for name in NAMED_SHAPES if named_shape(name).family == "gpt_neox"]
 DEVICES = {limits.name: limits for limits in (H200, B200, RTX_5090)}
@@ -242,3 +251,120 @@ def test_any_shape_that_has_a_plan_has_a_sound_step(
     except UnsupportedModelError:
         return
     check_step(plan)
+
+
+# -- the schedule, followed --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny model, a device and where the step stands. `plan` changes what plan_block chose."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ctas: int = 16
+    position: int = 45
+    plan: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def build(self, dtype: torch.dtype = torch.float32) -> tuple[BlockPlan, DecoderWeights, reference.KVCache, Tensor]:
+        """The plan, the weights, a cache of `position` tokens, and the ids, the new one last."""
+        weights = weights_of(tiny_gpt_neox(**self.model).to(dtype))
+        plan = plan_block(weights.config, dataclasses.replace(H200, multiprocessors=self.ctas))
+        plan = dataclasses.replace(plan, **self.plan)
+        check_plan(plan)
+        ids = random_token_ids(weights.config.vocab_size, self.position + 1)
+        cache = reference.KVCache.allocate(weights.config, self.position + 1, dtype, "cpu")
+        if self.position:
+            reference.forward(weights, ids[:-1], cache, 0)
+        return plan, weights, cache, ids
+
+
+SEQUENTIAL = {"use_parallel_residual": False}
+WIDE = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 3, "hidden_act": "gelu_fast"}
+CASES = {
+    "parallel": Case(),
+    "sequential": Case(SEQUENTIAL),
+    "no biases": Case({"attention_bias": False}),
+    "all of a head rotates": Case({"rotary_pct": 1.0}),
+    "nothing rotates": Case(SEQUENTIAL | {"rotary_pct": 0.0}),
+    "head_dim 80, lanes that take two vectors": Case(WIDE | {"rotary_pct": 0.25}),
+    "sequential head_dim 80": Case(WIDE | SEQUENTIAL, ctas=14, position=101),
+    "one CTA a head": Case(ctas=6, position=101),
+    "one cluster a head, CTAs without a head": Case(ctas=10),
+    "rows of down in three parts": Case({"intermediate_size": 1040}, ctas=12),
+    "more CTAs than rows": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
+    "more CTAs than rows, parallel": Case({"num_hidden_layers": 3}, ctas=40, position=101),
+    "several tiles a warp": Case(
+        {"hidden_size": 128}, ctas=8, position=101, plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 4}
+    ),
+    "nothing cached": Case(position=0),
+    "one token cached": Case(position=1),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_schedule_computes_the_model(case: Case) -> None:
+    plan, weights, cache, ids = case.build()
+    check_step(plan)
+    interpreter = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position)
+    logits, token = interpreter.run(seed=0)
+    wanted = reference.forward(weights, ids[-1:], cache, case.position)
+    assert relative_error(torch.from_numpy(logits), wanted) < 1e-5
+    assert token == int(wanted.argmax())
+    for new, cached in ((interpreter.new_keys, cache.k), (interpreter.new_values, cache.v)):
+        assert relative_error(torch.from_numpy(new), cached[:, :, case.position]) < 1e-5
+    for seed in range(1, 4):
+        again, token_again = interpreter.run(seed)
+        assert np.array_equal(again, logits) and token_again == token, f"other bits in another order, {seed}"
+
+
+@pytest.mark.parametrize("case", [CASES["parallel"], CASES["sequential head_dim 80"]], ids=["parallel", "sequential"])
+def test_the_schedule_computes_the_model_in_float64(case: Case) -> None:
+    plan, weights, cache, ids = case.build(torch.float64)
+    logits, _ = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position, dtype=np.float64).run(seed=0)
+    assert relative_error(torch.from_numpy(logits), reference.forward(weights, ids[-1:], cache, case.position)) < 1e-12
+
+
+@pytest.mark.parametrize("model", [{}, SEQUENTIAL], ids=["parallel", "sequential"])
+def test_one_buffer_of_x_would_do(model: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everyone has arrived for h, and so read x, before anyone writes the next one."""
+    plan, weights, cache, ids = Case(model | {"num_hidden_layers": 3}, ctas=40).build()
+    logits, _ = StepInterpreter(plan, weights, cache, int(ids[-1]), 45).run(seed=0)
+    monkeypatch.setattr(step, "X_BUFFERS", 1)
+    check_step(plan)
+    for seed in range(4):
+        assert np.array_equal(StepInterpreter(plan, weights, cache, int(ids[-1]), 45).run(seed)[0], logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_weights_round_h_and_the_cache(dtype: torch.dtype) -> None:
+    plan, weights, cache, ids = CASES["parallel"].build(dtype)
+    logits, _ = StepInterpreter(plan, weights, cache, int(ids[-1]), 45).run(seed=0)
+    truth = reference.forward(weights, ids[-1:], cache, 45, dtype=torch.float64)
+    assert relative_error(torch.from_numpy(logits), truth) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_missing_wait_shows_in_the_results(parallel: bool) -> None:
+    """In one CTA alone: what it should have waited for is not there, in some order at least."""
+    case = Case({"use_parallel_residual": parallel, "num_hidden_layers": 3}, ctas=10)
+    plan, weights, cache, ids = case.build()
+    for name in kinds(plan, "wait"):
+
+        def schedule(plan: BlockPlan, cta: int, position: int, name: str = name) -> Iterator[Action]:
+            actions = step.step_schedule(plan, cta, position)
+            return (a for a in actions if cta != 4 or (a.kind, a.name) != ("wait", name))
+
+        interpreter = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position, schedule=schedule)
+        assert any(np.isnan(interpreter.run(seed)[0]).any() for seed in range(20)), name
+
+
+def test_a_missing_arrival_is_a_deadlock() -> None:
+    plan, weights, cache, ids = Case(ctas=10).build()
+
+    def schedule(plan: BlockPlan, cta: int, position: int) -> Iterator[Action]:
+        return (
+            a for a in step.step_schedule(plan, cta, position) if cta != 4 or (a.kind, a.name) != ("arrive", "hidden")
+        )
+
+    with pytest.raises(AssertionError, match="deadlock"):
+        StepInterpreter(plan, weights, cache, int(ids[-1]), 45, schedule=schedule).run(seed=0)

@@ -158,8 +158,7 @@ def balance(plan: BlockPlan, position: int = 0) -> dict[str, float]:
     """How evenly the bytes of a step are dealt: for each matrix, for "kv", and for the whole "step", the most bytes that a
     CTA reads over the mean of all. 1 is even; where nothing is read, 1 too."""
     c = plan.config
-    read = dict.fromkeys(("qkv", "kv", "up", "o", "down", "lm_head", "step"), [0] * plan.ctas)
-    read = {name: list(each) for name, each in read.items()}
+    read = {name: [0] * plan.ctas for name in ("qkv", "kv", "up", "o", "down", "lm_head", "step")}
     for cta in range(plan.ctas):
         for name, rows, layers in (
             ("qkv", 3 * c.hidden_size, c.num_layers),
