@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("variants", nargs="*", default=[""])
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     device = torch.device("cuda", 0)
     config = named_shape(arguments.shape)
     base = plan_for(config, 0)

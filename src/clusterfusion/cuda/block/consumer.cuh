@@ -64,7 +64,7 @@ class LayerConsumer : public Attention<S> {
 
     if constexpr (runs<kSegment>(Segment::project)) {
       normalise<S::kParallel>(
-          w.norm1_weight, w.norm1_bias, w, [&](auto& values) { residual.read_input(*this, values); },
+          w.norm1_weight, w.norm1_bias, w, [&](float (&values)[kItems]) { residual.read_input(*this, values); },
           stage_biases);
       const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
       gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) { u_.qkv[first + row] = value + s_.biases[row]; });
@@ -107,7 +107,7 @@ class LayerConsumer : public Attention<S> {
       }
       if constexpr (runs<kSegment>(Segment::expand)) {
         normalise<false>(
-            w.norm2_weight, w.norm2_bias, w, [&](auto& values) { residual.read_middle(*this, values); },
+            w.norm2_weight, w.norm2_bias, w, [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
             [&] { if constexpr (!kWhole) stage_biases(); }, 1);
         up(up_first, 0, up_rows, x2);
         if constexpr (kWhole) hidden_done<kFaultCta>();
@@ -148,7 +148,7 @@ class LayerConsumer : public Attention<S> {
   __device__ void vocabulary(const void* norm_weight, const void* norm_bias, int vocabulary_rows, Residual& residual, Out out) {
     const LayerTensors none{};
     trace_.mark(TraceEvent::begin);
-    normalise<false>(norm_weight, norm_bias, none, [&](auto& values) { residual.read_input(*this, values); }, [] {});
+    normalise<false>(norm_weight, norm_bias, none, [&](float (&values)[kItems]) { residual.read_input(*this, values); }, [] {});
     const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
     gemv_rows<HiddenTiles>(rows, split_vector(0), [&](int row, float value) { out(first + row, value); });
     if constexpr (Trace::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
