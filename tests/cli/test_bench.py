@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import clusterfusion
+from clusterfusion.bench.environment import Origin
 from clusterfusion.bench.options import layer_options
+from clusterfusion.bench.read_ceiling import ReadSpeeds
 from clusterfusion.bench.report import ContextTimes, LayerReport, PeerNote
 from clusterfusion.bench.samples import Summary
 from clusterfusion.cli.bench import _print
@@ -84,7 +86,7 @@ def test_the_printed_report_is_whole(capsys: pytest.CaptureFixture[str], monkeyp
         read,
     )
     options = layer_options("pythia-2.8b", contexts=(2047,))
-    _print(LayerReport(options, "", {"name": "GPU"}, {}, "", 4 << 30, read, (context,)))
+    _print(LayerReport(options, Origin("", "", {"name": "GPU"}, {}, ""), ReadSpeeds(4 << 30, read), (context,)))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("read ceiling 3436 GB/s (bulk copies 3436, loads 3436") for line in lines)
     assert f"transformers compile failed at context 2047: {long_error}".rstrip() in [line.rstrip() for line in lines]
