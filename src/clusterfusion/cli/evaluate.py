@@ -12,6 +12,8 @@ from clusterfusion.cli.output import (
     EXIT_DIFFERENT,
     EXIT_INTERRUPTED,
     JsonOption,
+    ModelArgument,
+    RandomWeights,
     check_writable,
     command_line,
     progress_lines,
@@ -24,13 +26,6 @@ if TYPE_CHECKING:
 
     from clusterfusion.bench.evaluation import Facts
 
-ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
-]
-RandomWeights = Annotated[
-    str | None,
-    typer.Option("--random-weights", help="A named shape instead of MODEL, with random weights.", metavar="SHAPE"),
-]
 ModeOption = Annotated[str, typer.Option(help="auto, reference, split, fused, graph or model.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or float64.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]

@@ -1,4 +1,4 @@
-"""What commands that measure have in common: files tried before and written whole, progress, the report on stdout."""
+"""What commands that measure have in common: arguments, files tried before and written whole, progress, the report."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ EXIT_DIFFERENT = 3  # measured, and found different where it must not be: neithe
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _WIDTH = 120  # the table whole, whatever the terminal
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
+]
+RandomWeights = Annotated[
+    str | None,
+    typer.Option("--random-weights", help="A named shape instead of MODEL, with random weights.", metavar="SHAPE"),
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write everything to this file as JSON.", metavar="FILE")
 ]
