@@ -107,7 +107,7 @@ def main() -> None:
     reads = []
     tokens: dict[str, list[int]] = {}
     for _ in range(arguments.rounds):
-        for launch in ceiling._launches.values():
+        for launch in (candidate.run for candidate in ceiling.candidates(1)):
             reads.append(ceiling.num_bytes / event_ms(launch) / 1e9)
         for name, decoder in decoders.items():
 
