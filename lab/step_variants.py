@@ -29,8 +29,8 @@ from clusterfusion.plan import BlockPlan, block
 from clusterfusion.random_weights import random_weights, uniform
 
 VECTORS = (
-    "begin residual_read normed attention_wait attention_begin attention_done output_wait output_begin output_ready "
-    "down_wait down_begin down_ready sums_wait published"
+    "begin residual_read normed attention_begin head_read attention_done output_begin output_ready down_begin down_ready "
+    "sums_wait published"
 ).split()
 TILES = (
     "qkv_wait qkv_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done"
@@ -51,9 +51,9 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     fixed = block.fixed_shared_bytes(c, ctas, stage, warps, vectors, cache_stages, cache_stage)
     most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES) // warps * warps
     stages = min(knobs.get("stages", most), most, 64)
-    splits = ctas // c.num_heads
+    splits = min(ctas // c.num_heads, block.MOST_SPLITS)
     splits = splits // 2 * 2 if splits > 1 else splits
-    window = knobs.get("window", max(1, block.WINDOW_BYTES // stage))
+    window = knobs.get("window", plan.window_stages)
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, vector_warps=vectors, warps=warps, stages=stages, stage_bytes=stage,
         window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,

@@ -24,7 +24,7 @@ from clusterfusion.jit.decoder_block import (
 )
 from clusterfusion.jit.device import architecture_of, device_limits
 from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
-from clusterfusion.plan.block import COUNTER_WORDS, PARTIAL_PADDING, Segment
+from clusterfusion.plan.block import Segment
 from clusterfusion.weights import LayerWeights
 
 ALIGNMENT = 16  # bytes; of whatever bulk copies read
@@ -34,8 +34,14 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
     torch.float32: "float32",
 }
 _DEPENDENCIES = (
-    *("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster"),
-    "rows of the residual vector",
+    *(
+        "q, k and v",
+        "another cluster's part of its head",
+        "attention",
+        "the MLP's hidden vector",
+        "the middle residual",
+    ),
+    *("its cluster", "the residual vector"),
 )
 _BAD_POSITION = len(_DEPENDENCIES) + 1
 _CLAIM = 4  # the word of an error record that whoever writes it has set first
@@ -83,28 +89,31 @@ class ErrorRecord:
             )
         if which:
             raise DeviceError(
-                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]}: CTA {cta} saw {seen} and needed "
-                f"{expected}; results since then are wrong. {way_out}"
+                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]} (CTA {cta}, epoch or count {expected}, "
+                f"seen or missing {seen:#x}); results since then are wrong. {way_out}"
             )
 
 
 class LayerScratch:
-    """Device memory of one layer launch at a time: `plan.scratch_bytes`. Zero counters, as before a first launch."""
+    """Device memory of one layer launch at a time: `plan.scratch_bytes`. Zero, as before a first launch."""
 
     @torch.inference_mode(False)  # written in place later, in whatever mode the caller is in then
     def __init__(self, plan: BlockPlan, weight_dtype: torch.dtype, device: torch.device) -> None:
+        sizes = plan.scratch_sizes
+        self.buffer = torch.zeros(sum(sizes.values()), dtype=torch.uint8, device=device)
+        self.tensors: dict[str, Tensor] = {}
+        start = 0
+        for name, size in sizes.items():
+            self.tensors[name] = self.buffer[start : start + size]
+            start += size
         c = plan.config
+        # What segments leave here, and what callers may look at.
+        self.tensors["middle"] = self.tensors["middle"].view(torch.float32)[: c.hidden_size]
+        self.tensors["h"] = self.tensors["h"].view(weight_dtype)
 
-        def floats(count: int) -> Tensor:
-            return torch.empty(count, dtype=torch.float32, device=device)
-
-        self.tensors = {
-            "qkv": floats(3 * c.hidden_size),
-            "partials": floats(c.num_heads * plan.partials_per_head * (c.head_dim + PARTIAL_PADDING)),
-            "middle": floats(c.hidden_size),
-            "h": torch.empty(c.intermediate_size, dtype=weight_dtype, device=device),
-            "counters": torch.zeros(COUNTER_WORDS, dtype=torch.int32, device=device),
-        }
+    def plain_h(self, plan: BlockPlan) -> Tensor:
+        """h as segments leave it, [intermediate] of the weights' dtype."""
+        return self.tensors["h"][: plan.config.intermediate_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +209,7 @@ def workspace(plan: BlockPlan, tables: RotaryTables, scratch: LayerScratch, erro
         second_angles=tables.second_angles,
         error=error.address,
         eps=plan.config.norm_eps,
-        **{name: scratch.tensors[name].data_ptr() for name in ("qkv", "partials", "h", "counters")},
+        **{name: scratch.tensors[name].data_ptr() for name in ("qkv", "partials", "attended", "h", "counters")},
     )
 
 

@@ -19,6 +19,8 @@ from clusterfusion.plan.limits import PlanLimits
 ELEMENT_BYTES = 2  # weights and K/V are 16-bit
 VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
 MAX_HEAD_DIM = 256
+# One CTA merges what a head's clusters give, in registers.
+MOST_SPLITS = 32
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
 # Tile warps to choose from, best first where rings are equally deep; fewer only where shared memory is scarce.
@@ -34,12 +36,16 @@ CACHE_BYTES = 32768
 WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
 SCARCE_CACHE_BYTES = 8192
 SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the 2.8B and 6.9B shapes: stages of 8 to 10 KB and about 50 KB in flight are best.
-TARGET_STAGE_BYTES = 10240
-WINDOW_BYTES = 51200
+# Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 40 and 64 KB in flight are best. Messages
+# between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
+TARGET_STAGE_BYTES = 8192
+WINDOW_BYTES = 40960
+WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-COUNTER_WORDS = 5 * 32  # five counters, each on a cache line of its own
+PAIR_BYTES = 8  # a float and its epoch
+SHORT_PAIR_BYTES = 4  # a 16-bit value and half an epoch
+COUNTER_BYTES = 2 * 128  # two counters, each on a cache line of its own
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
@@ -89,13 +95,26 @@ class BlockPlan:
         return ("project", "attend", "output", "expand", "contract")
 
     @property
-    def scratch_bytes(self) -> int:
-        """Device memory of one context beside weights and K/V: q, k, v, partials, the middle residual, h, counters."""
+    def scratch_sizes(self) -> dict[str, int]:
+        """Bytes of each scratch buffer of a context, by the kernel's name for it; multiples of 128."""
         c = self.config
-        floats = (
-            3 * c.hidden_size + c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING) + c.hidden_size
-        )
-        return 4 * floats + ELEMENT_BYTES * c.intermediate_size + 4 * COUNTER_WORDS
+        return {
+            name: _round_up(size, TENSOR_COPY_ALIGNMENT)
+            for name, size in {
+                "qkv": PAIR_BYTES * 3 * c.hidden_size,
+                "partials": PAIR_BYTES * c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING),
+                "attended": PAIR_BYTES * c.hidden_size,
+                "middle": 4 * c.hidden_size,
+                "h": SHORT_PAIR_BYTES * c.intermediate_size,
+                "counters": COUNTER_BYTES,
+            }.items()
+        }
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory of one context beside weights and K/V: q, k, v, partials, attention's output, the middle residual,
+        h, counters."""
+        return sum(self.scratch_sizes.values())
 
     def rows(self, total: int, cta: int) -> range:
         """The rows of a matrix of `total` rows that a CTA reads."""
@@ -118,10 +137,11 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     obstacle = why_not(config)
     if obstacle:
         raise UnsupportedModelError(obstacle)
-    ctas = limits.multiprocessors // CLUSTER_SIZE * CLUSTER_SIZE
+    # Every CTA has a row of the residual vector, for which all others wait in every layer: nobody falls behind by two.
+    ctas = min(limits.multiprocessors, config.hidden_size) // CLUSTER_SIZE * CLUSTER_SIZE
     if config.num_heads > ctas:
         raise UnsupportedModelError(f"{config.num_heads} heads need as many CTAs; {limits.name} holds {ctas}")
-    splits = ctas // config.num_heads
+    splits = min(ctas // config.num_heads, MOST_SPLITS)
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
     row_bytes = config.hidden_size * ELEMENT_BYTES
@@ -132,9 +152,9 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = min(max(vector_warps, FEWEST_VECTOR_WARPS), FEWEST_VECTOR_WARPS if scarce else MOST_VECTOR_WARPS)
-    narrow = config.hidden_size < WIDE_HIDDEN_SIZE and not scarce
-    cache_stages = 2 * vector_warps if narrow else vector_warps
-    cache_bytes = CACHE_BYTES if narrow else SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2
+    wide = config.hidden_size >= WIDE_HIDDEN_SIZE
+    cache_stages = vector_warps if wide or scarce else 2 * vector_warps
+    cache_bytes = SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
     tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
     cache_stage_bytes = _round_up(_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
@@ -163,7 +183,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         warps=warps,
         stages=stages,
         stage_bytes=stage_bytes,
-        window_stages=max(1, min(stages, WINDOW_BYTES // stage_bytes)),
+        window_stages=max(1, min(stages, (WIDE_WINDOW_BYTES if wide else WINDOW_BYTES) // stage_bytes)),
         tile_tokens=tile_tokens,
         cache_stages=cache_stages,
         cache_stage_bytes=cache_stage_bytes,
@@ -267,6 +287,7 @@ def check_plan(plan: BlockPlan) -> None:
     c = plan.config
     _check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
     _check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
+    _check(plan.ctas <= c.hidden_size, "a row of the residual vector for every CTA", plan.ctas)
     _check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
     _check(c.num_heads * plan.splits <= plan.ctas, "CTAs for every head", plan.splits)
     _check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one head", plan.splits)

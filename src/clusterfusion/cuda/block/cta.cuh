@@ -6,8 +6,8 @@
 #pragma once
 
 #include "block/share.cuh"
+#include "block/tagged.cuh"
 #include "collectives/cluster_gather.cuh"
-#include "collectives/cluster_reduce.cuh"
 #include "collectives/team.cuh"
 #include "ops/norm.cuh"
 #include "primitives/grid_counter.cuh"
@@ -40,7 +40,6 @@ struct CtaTypes {
   using LocalTeam = PartialTeam<1, S::kVectorThreads, 0, 1>;
   using PairTeam = PartialTeam<S::kMerged, S::kVectorThreads, 0, 1, kPartial < S::kVectorThreads ? kPartial : S::kVectorThreads>;
   using Block = BlockSum<kNormSums, S::kVectorThreads>;
-  using Reduce = ClusterReduce<float, kNormSums, 1, Exchange::direct>;
   using Gather = ClusterGather<float, kPartial, S::kMerged, Exchange::direct>;
 
   struct Shared {
@@ -57,14 +56,14 @@ struct CtaTypes {
     typename Share::WeightRing::Barriers ring;
     typename Share::CacheStages::Barriers cache_barriers;
     cuda::std::uint64_t signals[kSignals];
-    typename Block::Scratch block;
-    typename Reduce::Scratch reduce;
+    typename Block::Scratch block[2];
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
     typename PairTeam::Scratch pair;
-    unsigned warps_done[2];
     int expired;
-    int position;  // read from memory once, so that all of the CTA goes by the same
+    // Read from memory once, so that all of the CTA goes by the same: the position, and CTAs counted by launches before.
+    int position;
+    unsigned counted;
   };
 };
 
@@ -84,7 +83,6 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     CtaShare<S>::WeightRing::init(shared.ring);
     CtaShare<S>::CacheStages::init(shared.cache_barriers);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
-    shared.warps_done[0] = shared.warps_done[1] = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);
     CtaTypes<S>::PairTeam::init(shared.pair);
@@ -92,6 +90,11 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   }
 
   __device__ Shared& shared() { return s_; }
+  // At the start of every layer.
+  __device__ void begin_layer() {
+    this->cta_ = opaque(this->cta_), this->position_ = opaque(this->position_);
+    thread_ = opaque(thread_), lane_ = opaque(lane_);
+  }
   __device__ unsigned* counter(Counter which) const { return u_.counters + which * kCounterStride; }
 
   // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits;
@@ -114,17 +117,44 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
 
   // All vector warps wait for a counter. Never hangs: when the wait expires, the error is recorded once and everything goes
   // on with what is there.
-  __device__ void wait(Counter which, unsigned target) {
-    if (thread_ == 0 && !*const_cast<volatile int*>(&s_.expired) && !grid_wait(counter(which), target)) {
-      record_error(which, target, load_acquire(counter(which)));
+  __device__ void wait(Counter which, unsigned target, Dependency dependency) {
+    if (thread_ == 0 && !expired() && !grid_wait(counter(which), target)) {
+      record_error(dependency, target, load_acquire(counter(which)));
     }
     block_sync();
   }
 
+  // This thread polls for kCount items: ask(i) has the load of item i issued, take(i) says whether it brought what is wanted.
+  // Never hangs, as wait.
+  template <int kCount, typename Ask, typename Take>
+  __device__ __forceinline__ void poll(Dependency dependency, unsigned epoch, Ask ask, Take take) {
+    static_assert(kCount < 32, "a bit an item");
+    constexpr unsigned kAll = (1u << kCount) - 1;
+    unsigned missing = kAll;
+    const auto look = [&] {
+#pragma unroll
+      for (int i = 0; i < kCount; i++) {
+        if (missing >> i & 1) ask(i);
+      }
+      unsigned came = 0;
+#pragma unroll
+      for (int i = 0; i < kCount; i++) came |= take(i) ? 1u << i : 0u;
+      missing &= ~came;
+      return missing == 0;
+    };
+    if (look()) return;
+    const long long start = clock64();
+    bool done = false, given_up = false;
+    while (!(done = look()) && !(given_up = expired()) && clock64() - start < kWaitLimitClocks) __nanosleep(kSpinNanoseconds);
+    if (!done && !given_up) record_error(dependency, epoch, missing);
+  }
+
+  __device__ bool expired() const { return *const_cast<const volatile int*>(&s_.expired) != 0; }
+
  protected:
   const Workspace& u_;
   Shared& s_;
-  const int thread_, warp_, lane_;  // thread and warp in the role
+  int thread_, warp_, lane_;  // thread and warp in the role
   LocalTeam local_;
 };
 

@@ -14,9 +14,10 @@ namespace clusterfusion {
 // Calls visit(quad, values + 4 * i) for the quads of a vector of kHidden elements that fall to this thread.
 template <typename S, int kItems, typename Visit>
 __device__ __forceinline__ void for_my_quads(float (&values)[kItems], Visit visit) {
+  const int thread = opaque(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kItems / 4; i++) {
-    const int quad = i * S::kVectorThreads + threadIdx.x;
+    const int quad = i * S::kVectorThreads + thread;
     if (quad < S::kHidden / 4) visit(quad, &values[4 * i]);
   }
 }
@@ -49,7 +50,7 @@ class LayerResidual {
   }
   template <int kItems>
   __device__ void read_middle(CtaState<S>& cta, float (&values)[kItems]) {
-    if constexpr (kWhole) cta.wait(kMiddleDone, all_ctas_);
+    if constexpr (kWhole) cta.wait(kMiddleDone, all_ctas_, kOnMiddle);
     for_my_quads<S>(values, [&](int quad, float* to) {
       *reinterpret_cast<float4*>(to) = __ldcg(reinterpret_cast<const float4*>(a_.middle) + quad);
     });
@@ -63,8 +64,40 @@ class LayerResidual {
   const unsigned all_ctas_;
 };
 
-// Of the whole step: versions of one vector, from the token's embedding on. Every element travels as a pair of its value and
-// an epoch, 8 bytes, so that the data are their own flag: no counter, and no second trip. Readers poll.
+// A vector of kHidden pairs, polled for by all vector warps, a few quads at a time: more do not fit the registers.
+template <typename S, int kItems>
+__device__ void read_pairs(CtaState<S>& cta, const Pair* from, unsigned epoch, Dependency dependency, float (&values)[kItems]) {
+  constexpr int kTogether = kItems / 4 < 4 ? kItems / 4 : 4;
+  const int thread = opaque(threadIdx.x);
+#pragma unroll
+  for (int first = 0; first < kItems / 4; first += kTogether) {
+    Pair pairs[kTogether][4] = {};  // with nothing in it, it would be kept from layer to layer
+    const auto quad_of = [&](int i) { return (first + i) * S::kVectorThreads + thread; };
+    const auto mine = [&](int i) { return first + i < kItems / 4 && quad_of(i) < S::kHidden / 4; };
+    cta.template poll<kTogether>(
+        dependency, epoch,
+        [&](int i) {
+          if (!mine(i)) return;
+          load_pairs(from + 4 * quad_of(i), pairs[i][0], pairs[i][1]);
+          load_pairs(from + 4 * quad_of(i) + 2, pairs[i][2], pairs[i][3]);
+        },
+        [&](int i) {
+          if (!mine(i)) return true;
+          bool complete = true;
+#pragma unroll
+          for (int k = 0; k < 4; k++) complete = complete && epoch_of(pairs[i][k]) == epoch;
+          return complete;
+        });
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (!mine(i)) continue;
+#pragma unroll
+      for (int k = 0; k < 4; k++) values[4 * (first + i) + k] = value_of(pairs[i][k]);
+    }
+  }
+}
+
+// Of the whole step: versions of one vector, from the token's embedding on, as pairs.
 //
 // Two buffers in turn suffice: who writes version v + 1 has seen a dependency that every CTA meets after reading version v.
 // A CTA's own rows stay in its shared memory, row by row with the thread that writes them.
@@ -72,7 +105,7 @@ template <typename S>
 class ResidualStream {
  public:
   // `pairs` [2, hidden], zero before first use. Epochs from `epoch` on are this launch's; none of them is 0 or was used before.
-  __device__ ResidualStream(const void* embedding, unsigned long long* pairs, unsigned epoch, float* own)
+  __device__ ResidualStream(const void* embedding, Pair* pairs, unsigned epoch, float* own)
       : embedding_(embedding), pairs_(pairs), epoch_(epoch), own_(own) {}
 
   // This CTA's rows of version 0. The threads that will write them.
@@ -86,10 +119,9 @@ class ResidualStream {
   __device__ void read(CtaState<S>& cta, float (&values)[kItems]) {
     if (version_ == 0) {
       for_my_quads<S>(values, [&](int quad, float* to) { load_quad<typename S::W>(embedding_, quad, to); });
-      return;
+    } else {
+      read_pairs(cta, pairs_ + (version_ & 1) * S::kHidden, epoch_ + version_, kOnResidual, values);
     }
-#pragma unroll
-    for (int first = 0; first < kItems / 4; first += kTogether) poll_quads(cta, values, first);
   }
 
   // Every thread of the vector warps, after the CTA has written its rows of the next version.
@@ -97,9 +129,7 @@ class ResidualStream {
 
   __device__ void write(int row, int index, float value) {
     own_[row] = value;
-    const unsigned long long pair = static_cast<unsigned long long>(epoch_ + version_ + 1) << 32 | __float_as_uint(value);
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(pairs_ + ((version_ + 1) & 1) * S::kHidden + index), "l"(pair)
-                 : "memory");
+    store_pair(pairs_ + ((version_ + 1) & 1) * S::kHidden + index, value, epoch_ + version_ + 1);
   }
 
   template <int kItems>
@@ -117,50 +147,8 @@ class ResidualStream {
   __device__ void middle_done(CtaState<S>&) { advance(); }
 
  private:
-  // Waits for quads first to first + kTogether - 1 of this thread. `first` is known at compile time, once unrolled.
-  template <int kItems>
-  __device__ __forceinline__ void poll_quads(CtaState<S>& cta, float (&values)[kItems], int first) {
-    const unsigned long long* from = pairs_ + (version_ & 1) * S::kHidden;
-    const unsigned epoch = epoch_ + version_;
-    unsigned there = 0, seen = 0;  // a bit a quad
-    const auto poll = [&] {
-      bool all = true;
-#pragma unroll
-      for (int i = first; i < first + kTogether; i++) {
-        if (i >= kItems / 4) break;
-        const int quad = i * S::kVectorThreads + threadIdx.x;
-        if (quad >= S::kHidden / 4 || (there >> (i - first) & 1)) continue;
-        bool complete = true;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          unsigned long long a, b;
-          asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(a), "=l"(b)
-                       : "l"(from + 4 * quad + 2 * half)
-                       : "memory");
-          values[4 * i + 2 * half] = __uint_as_float(static_cast<unsigned>(a));
-          values[4 * i + 2 * half + 1] = __uint_as_float(static_cast<unsigned>(b));
-          seen = static_cast<unsigned>(a >> 32);
-          complete = complete && seen == epoch && static_cast<unsigned>(b >> 32) == epoch;
-        }
-        if (complete) there |= 1u << (i - first);
-        all = all && complete;
-      }
-      return all;
-    };
-    if (poll()) return;
-    const long long start = clock64();
-    bool done = false, given_up = false;
-    while (!(done = poll()) && !(given_up = *const_cast<volatile int*>(&cta.shared().expired) != 0) &&
-           clock64() - start < kWaitLimitClocks) {
-      __nanosleep(kSpinNanoseconds);
-    }
-    if (!done && !given_up) cta.record_error(kResidualDependency, epoch, seen);
-  }
-
-  static constexpr int kTogether = 4;  // quads asked for at once: more do not fit the registers
   const void* embedding_;
-  unsigned long long* pairs_;
+  Pair* pairs_;
   const unsigned epoch_;
   float* own_;
   unsigned version_ = 0;

@@ -38,9 +38,12 @@ struct KvCache {
 struct Workspace {
   const float *cos, *sin;                // a row a position, an angle a pair of dimensions
   cuda::std::int64_t table_stride;       // 0: one row, for the current position
-  float *qkv, *partials;                 // [3 * hidden], [heads, partials]
-  void* h;                               // [intermediate]
-  unsigned* counters;                    // kCounters, kCounterStride apart; zero before first use
+  // Scratch, zero before first use. Whole layers leave tagged values there (tagged.cuh), segments plain ones.
+  void* qkv;                             // [3 * hidden], float or Pair
+  void* partials;                        // [heads, partials], float or Pair
+  void* attended;                        // [hidden], Pair: the attention's output of all heads
+  void* h;                               // [intermediate], W or a short pair
+  unsigned* counters;                    // kCounters, kCounterStride apart
   unsigned* error;                       // kErrorWords
   float eps;
   int second_angles;                     // where a row's angles for the pairs' second halves start
@@ -60,12 +63,11 @@ struct LayerArguments {
 static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
-enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
+enum Counter { kMiddleDone, kLaunchDone, kCounters };
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
-constexpr unsigned kClusterDependency = kMiddleDone + 1;   // a peer in the cluster, beside the counters
-constexpr unsigned kResidualDependency = kClusterDependency + 1;  // rows of the residual stream, in the whole step
-constexpr unsigned kBadPosition = kResidualDependency + 1;  // no dependency: the position is not in the cache
+// What a CTA gave up waiting for, or, last, that the position is not in the cache.
+enum Dependency { kOnQkv, kOnPartial, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
@@ -110,6 +112,20 @@ __device__ __forceinline__ float load_or_zero(const void* vector, int index) {
   return vector == nullptr ? 0.0f : to_float(static_cast<const W*>(vector)[index]);
 }
 
+// The same number, but to the compiler a new one: what is computed from it inside a loop stays there. Otherwise all addresses of
+// a layer would be computed ahead of the loop over layers, and spilled.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// A layer's tensors, looked up anew at each use, for the same reason: twelve addresses are 24 registers.
+struct LayerOf {
+  const LayerTensors* layers;
+  int layer;
+  __device__ __forceinline__ const LayerTensors& now() const { return layers[opaque(layer)]; }
+};
+
 // Vector `which` of kHidden fp32 elements in shared memory.
 template <typename S>
 __device__ __forceinline__ SplitVector split_vector(char* vectors, int which) {
@@ -144,7 +160,7 @@ class CtaShare {
   }
   __device__ int tile_tokens(int tile) const { return min(Cached::kTokens, position_ - (split() + tile * S::kSplits) * Cached::kTokens); }
 
-  const int cta_, position_;
+  int cta_, position_;
 };
 
 }  // namespace clusterfusion

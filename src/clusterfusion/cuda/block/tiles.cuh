@@ -28,37 +28,45 @@ class TileWarps : public CtaState<S> {
       : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_, lane_),
         trace_(trace) {}
 
-  // One layer, or a segment of it. kFaultCta, for tests: that CTA never arrives for its part of h.
+  // One layer, or a segment of it; `layer` and `epoch` as for VectorWarps. kFaultCta, for tests: that CTA never gives its part
+  // of h.
   template <Segment kSegment, int kFaultCta = -1>
-  __device__ void run(unsigned round) {
+  __device__ void run(unsigned epoch, int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
+    this->begin_layer();
     const SplitVector x1 = split_vector<S>(s_.vectors, 0);
     const int out_rows = rows_to(S::kHidden) - rows_from(S::kHidden);
     if constexpr (runs<kSegment>(Segment::project)) {
       trace_.mark(TraceEvent::qkv_wait);
-      this->await(kNormed, round);
+      this->await(kNormed, layer);
       trace_.mark(TraceEvent::qkv_begin);
       const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
-      gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) { u_.qkv[first + row] = value + s_.biases[row]; });
-      if constexpr (kWhole) warp_done(0, kQkvDone);
+      gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) {
+        const float biased = value + s_.biases[row];
+        if constexpr (kWhole) {
+          store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
+        } else {
+          static_cast<float*>(u_.qkv)[first + row] = biased;
+        }
+      });
       trace_.mark(TraceEvent::qkv_done);
-      if constexpr (S::kParallel) up<kWhole, kFaultCta>();
+      if constexpr (S::kParallel) up<kWhole, kFaultCta>(epoch);
     }
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
-      this->await(kAttended, round);
+      this->await(kAttended, layer);
       trace_.mark(TraceEvent::o_begin);
       gemv_parts<HiddenTiles>(out_rows, x1, s_.o_sums);
       if constexpr (!S::kParallel) this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
-      this->await(kMiddleNormed, round);
-      up<kWhole, kFaultCta>();
+      this->await(kMiddleNormed, layer);
+      up<kWhole, kFaultCta>(epoch);
     }
     if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
       trace_.mark(TraceEvent::down_tiles_wait);
-      this->await(kHidden, round);
+      this->await(kHidden, layer);
       trace_.mark(TraceEvent::down_tiles_begin);
       gemv_parts<DownTiles>(out_rows, PackedVector<W>{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)}, s_.down_sums);
       this->signal(kDownSums);
@@ -69,9 +77,9 @@ class TileWarps : public CtaState<S> {
 
   // The LM head: calls out(index, logit) on one lane for each of this CTA's rows of the vocabulary.
   template <typename Out>
-  __device__ void vocabulary(int vocabulary_rows, unsigned round, Out out) {
+  __device__ void vocabulary(int vocabulary_rows, int layer, Out out) {
     trace_.mark(TraceEvent::qkv_wait);
-    this->await(kNormed, round);
+    this->await(kNormed, layer);
     trace_.mark(TraceEvent::qkv_begin);
     const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), [&](int row, float value) { out(first + row, value); });
@@ -83,12 +91,16 @@ class TileWarps : public CtaState<S> {
 
  private:
   template <bool kWhole, int kFaultCta>
-  __device__ void up() {
+  __device__ void up(unsigned epoch) {
     const int first = rows_from(S::kIntermediate), rows = rows_to(S::kIntermediate) - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 1), [&](int row, float value) {
-      static_cast<W*>(u_.h)[first + row] = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
+      const W h = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
+      if constexpr (!kWhole) {
+        static_cast<W*>(u_.h)[first + row] = h;
+      } else if (kFaultCta < 0 || this->cta_ != kFaultCta) {
+        store_short_pair(static_cast<unsigned*>(u_.h) + first + row, *reinterpret_cast<const unsigned short*>(&h), epoch);
+      }
     });
-    if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(1, kHiddenDone);
     trace_.mark(TraceEvent::up_done);
   }
 
@@ -102,19 +114,6 @@ class TileWarps : public CtaState<S> {
   template <typename Tiles, typename V>
   __device__ void gemv_parts(int rows, const V& x, float* sums) {
     gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
-  }
-
-  // The last tile warp of the CTA to come here arrives for the CTA.
-  __device__ void warp_done(int which, Counter arrival) {
-    __syncwarp();
-    if (lane_ == 0) {
-      unsigned before;
-      asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
-                   : "=r"(before)
-                   : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&s_.warps_done[which])))
-                   : "memory");
-      if ((before + 1) % S::kWarps == 0) grid_arrive(this->counter(arrival));  // a CTA's warps meet in between
-    }
   }
 
   RingConsumer<typename Base::WeightRing, Tracer::kOn> ring_;

@@ -7,11 +7,6 @@
 
 namespace clusterfusion {
 
-// Where the counters stand once all have arrived for a layer.
-struct LayerTargets {
-  unsigned all_ctas, all_heads;
-};
-
 // Tracer: a Trace of trace.cuh, or NoTrace, which costs nothing.
 template <typename S, typename Tracer = NoTrace>
 class VectorWarps : public Attention<S> {
@@ -43,11 +38,13 @@ class VectorWarps : public Attention<S> {
       const Workspace& workspace, const TensorMap& k_map, const TensorMap& v_map, int position, Shared& shared, Tracer& trace)
       : Base(workspace, k_map, v_map, position, shared), trace_(trace) {}
 
-  // One layer, or a segment of it. `layer` counts those of a launch.
+  // One layer, or a segment of it. `layer` counts those of a launch, `epoch` names the
+  // layer's tagged values.
   template <Segment kSegment, typename Residual>
   __device__ void run(
-      const LayerTensors& w, const KvCache& cache, Residual& residual, const LayerTargets& targets, int layer) {
+      const LayerOf& w, const KvCache& cache, Residual& residual, unsigned epoch, int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
+    this->begin_layer();
     const SplitVector x1 = split_vector<S>(s_.vectors, 0);
     const int out_first = rows_from(S::kHidden), out_rows = rows_to(S::kHidden) - out_first;
     trace_.mark(TraceEvent::begin);
@@ -58,26 +55,27 @@ class VectorWarps : public Attention<S> {
 
     if constexpr (runs<kSegment>(Segment::project)) {
       normalise<S::kParallel>(
-          w.norm1_weight, w.norm1_bias, w, [&](float (&values)[kItems]) { residual.read_input(*this, values); },
+          [&](int n) {
+            return n == 0   ? w.now().norm1_weight
+                   : n == 1 ? w.now().norm1_bias
+                   : n == 2 ? w.now().norm2_weight
+                            : w.now().norm2_bias;
+          },
+          [&](float (&values)[kItems]) { residual.read_input(*this, values); },
           [&] { store_biases(biases); });
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
     }
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
-        trace_.mark(TraceEvent::attention_wait);
-        if constexpr (kWhole) this->wait(kQkvDone, targets.all_ctas);
         trace_.mark(TraceEvent::attention_begin);
-        const bool tells = this->attend(cache, layer);
-        if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone));
+        this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::head_read); });
         trace_.mark(TraceEvent::attention_done);
       }
     }
     if constexpr (runs<kSegment>(Segment::output)) {
-      trace_.mark(TraceEvent::output_wait);
-      if constexpr (kWhole) this->wait(kAttentionDone, targets.all_heads);
       trace_.mark(TraceEvent::output_begin);
-      this->load_attention(x1);
+      this->template load_attention<kWhole, kItems>(x1, epoch);
       this->signal(kAttended);
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
@@ -92,17 +90,15 @@ class VectorWarps : public Attention<S> {
       }
       if constexpr (runs<kSegment>(Segment::expand)) {
         normalise<false>(
-            w.norm2_weight, w.norm2_bias, w, [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
+            [&](int n) { return n == 0 ? w.now().norm2_weight : w.now().norm2_bias; },
+            [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
             [&] { if constexpr (!kWhole) store_biases(biases); }, 1);
         this->signal(kMiddleNormed);
       }
     }
     if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
-      trace_.mark(TraceEvent::down_wait);
-      if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas);
       trace_.mark(TraceEvent::down_begin);
-      uint4* hidden = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes);
-      for (int i = thread_; i < S::kIntermediate / kVector; i += kThreads) hidden[i] = __ldcg(static_cast<const uint4*>(u_.h) + i);
+      load_hidden<kWhole>(epoch);
       this->signal(kHidden);
       trace_.mark(TraceEvent::down_ready);
       if constexpr (!S::kParallel && !kWhole) store_biases(biases), block_sync();
@@ -130,21 +126,21 @@ class VectorWarps : public Attention<S> {
   __device__ void final_norm(const void* weight, const void* bias, Residual& residual) {
     trace_.mark(TraceEvent::begin);
     normalise<false>(
-        weight, bias, LayerTensors{}, [&](float (&values)[kItems]) { residual.read_input(*this, values); }, [] {});
+        [&](int n) { return n == 0 ? weight : bias; }, [&](float (&values)[kItems]) { residual.read_input(*this, values); }, [] {});
     this->signal(kNormed);
     trace_.mark(TraceEvent::normed);
   }
 
  private:
   // This CTA's share of every bias vector, in the order of s_.biases.
-  __device__ void load_biases(const LayerTensors& w, float (&biases)[kBiasItems]) const {
+  __device__ void load_biases(const LayerOf& w, float (&biases)[kBiasItems]) const {
 #pragma unroll
     for (int i = 0; i < kBiasItems; i++) {
       const int at = i * kThreads + thread_;
-      biases[i] = at < kUpBias     ? bias(w.qkv_bias, S::kQkvRows, at)
-                  : at < kOutBias  ? bias(w.up_bias, S::kIntermediate, at - kUpBias)
-                  : at < kDownBias ? bias(w.o_bias, S::kHidden, at - kOutBias)
-                  : at < kBiases   ? bias(w.down_bias, S::kHidden, at - kDownBias)
+      biases[i] = at < kUpBias     ? bias(w.now().qkv_bias, S::kQkvRows, at)
+                  : at < kOutBias  ? bias(w.now().up_bias, S::kIntermediate, at - kUpBias)
+                  : at < kDownBias ? bias(w.now().o_bias, S::kHidden, at - kOutBias)
+                  : at < kBiases   ? bias(w.now().down_bias, S::kHidden, at - kDownBias)
                                    : 0.0f;
     }
   }
@@ -161,32 +157,30 @@ class VectorWarps : public Attention<S> {
   }
 
   // What read(values) gives, normed into vector `to`; with kBoth by norm 1 into the first and by norm 2 into the second, from
-  // the same statistics. Norm weights are asked for before read, which may wait. stage() runs behind the sums' barriers, when
-  // nobody of the vector warps is still at work on what came before.
-  template <bool kBoth, typename Read, typename Stage>
-  __device__ void normalise(const void* weight, const void* bias, const LayerTensors& w, Read read, Stage stage, int to = 0) {
-    typename Base::Block block(s_.block);
-    typename Base::Reduce reduce(s_.reduce);
-    constexpr bool kEarly = kItems <= 16;  // with more, norm weights that wait in registers would make them spill
-    Vector<W, 4> norm[kEarly ? kItems / 4 : 1][kBoth ? 4 : 2];
-    float values[kItems];
+  // the same statistics. norm_of(n): weight and bias of norm 1, then of norm 2. Norm weights are on their way to the L2 while read waits, and to registers while the statistics are
+  // made: kept in registers through the wait, they would spill. stage() runs behind the sums' barriers, when nobody of the
+  // vector warps is still at work on what came before.
+  template <bool kBoth, typename Norm, typename Read, typename Stage>
+  __device__ void normalise(Norm norm_of, Read read, Stage stage, int to = 0) {
+    OwnSums block(s_.block);
+    constexpr int kNorms = kBoth ? 4 : 2;
+    constexpr bool kEarly = kItems <= 16;  // with more, norm weights would not fit beside the values
+    Vector<W, 4> norm[kEarly ? kItems / 4 : 1][kNorms] = {};
+    float values[kItems] = {};
     int valid = 0;
-    const auto load_norm = [&](int quad, int i) {
-      norm[i][0] = static_cast<const Vector<W, 4>*>(weight)[quad];
-      norm[i][1] = static_cast<const Vector<W, 4>*>(bias)[quad];
-      if constexpr (kBoth) {
-        norm[i][2] = static_cast<const Vector<W, 4>*>(w.norm2_weight)[quad];
-        norm[i][3] = static_cast<const Vector<W, 4>*>(w.norm2_bias)[quad];
-      }
-    };
     for_my_quads<S>(values, [&](int quad, float* at) {
-      const int i = (at - values) / 4;
-      if constexpr (kEarly) load_norm(quad, i);
-      valid = 4 * i + 4;
+#pragma unroll
+      for (int n = 0; n < kNorms; n++) prefetch(static_cast<const Vector<W, 4>*>(norm_of(n)) + quad);
+      valid = at - values + 4;
     });
     read(values);
     trace_.mark(TraceEvent::residual_read);
-    const NormTransform t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, reduce);
+    const auto load_norm = [&](int quad, int i) {
+#pragma unroll
+      for (int n = 0; n < kNorms; n++) norm[i][n] = static_cast<const Vector<W, 4>*>(norm_of(n))[quad];
+    };
+    if constexpr (kEarly) for_my_quads<S>(values, [&](int quad, const float* at) { load_norm(quad, (at - values) / 4); });
+    const NormTransform t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
       if constexpr (!kEarly) load_norm(quad, 0);
@@ -195,6 +189,58 @@ class VectorWarps : public Attention<S> {
     });
     stage();
   }
+
+  // h of all CTAs into shared memory.
+  template <bool kWhole>
+  __device__ void load_hidden(unsigned epoch) {
+    char* to = s_.vectors + kVectorBytes;
+    if constexpr (kWhole) {
+      constexpr int kFours = S::kIntermediate / 4, kTogether = 8;
+      const unsigned* from = static_cast<const unsigned*>(u_.h);
+      for (int first = thread_; first < kFours; first += kTogether * kThreads) {
+        uint4 pairs[kTogether] = {};
+        const auto mine = [&](int i) { return first + i * kThreads < kFours; };
+        this->template poll<kTogether>(
+            kOnHidden, epoch,
+            [&](int i) {
+              if (mine(i)) pairs[i] = load_short_pairs(from + 4 * (first + i * kThreads));
+            },
+            [&](int i) { return !mine(i) || all_of_epoch(pairs[i], epoch); });
+#pragma unroll
+        for (int i = 0; i < kTogether; i++) {
+          if (mine(i)) reinterpret_cast<uint2*>(to)[first + i * kThreads] = values_of(pairs[i]);
+        }
+      }
+    } else {
+      for (int i = thread_; i < S::kIntermediate / kVector; i += kThreads) {
+        reinterpret_cast<uint4*>(to)[i] = __ldcg(static_cast<const uint4*>(u_.h) + i);
+      }
+    }
+  }
+
+  // A norm's sums over this CTA alone: in place of BlockSum and ClusterReduce, with two scratches in turn, so that one barrier a
+  // sum is enough.
+  class OwnSums {
+   public:
+    __device__ explicit OwnSums(typename Base::Block::Scratch (&scratch)[2]) : first_(scratch[0]), second_(scratch[1]) {}
+    template <typename Team, int kCount>
+    __device__ void add(Team& team, const float (&values)[kCount]) {
+      (next_ ? second_ : first_).add(team, values);
+      next_ = !next_;
+    }
+    __device__ float total(int i) const { return (next_ ? first_ : second_).total(i); }
+    template <typename Team, typename Mine>
+    __device__ void exchange(Team&, int count, Mine mine) {
+#pragma unroll
+      for (int i = 0; i < kNormSums; i++) results_[i] = i < count ? mine(i) : 0.0f;
+    }
+    __device__ float result(int i) const { return results_[i]; }
+
+   private:
+    typename Base::Block first_, second_;
+    float results_[kNormSums];
+    bool next_ = false;
+  };
 
   static __device__ float4 normed(const float* values, NormTransform t, const Vector<W, 4>& weight, const Vector<W, 4>& bias) {
     float y[4];

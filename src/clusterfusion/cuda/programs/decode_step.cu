@@ -72,7 +72,7 @@ __device__ void choose_token(TileWarps<S, Tracer>& tiles, const StepArguments<kL
   __threadfence_system();
 }
 
-// kFaultCta: for tests, a CTA that never arrives for its part of h; -1 for none.
+// kFaultCta: for tests, a CTA that never gives its part of h; -1 for none.
 // Grid: S::kCtas CTAs of S::kThreads threads in clusters of S::kCluster, all resident together. Dynamic shared memory:
 // S::kSharedBytes.
 template <typename S, int kLayers, bool kTrace, int kFaultCta>
@@ -116,10 +116,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
     residual.begin(first, first_row<S::kCtas>(S::kHidden, blockIdx.x + 1) - first);
 #pragma unroll 1
     for (int layer = 0; layer < kLayers; layer++) {
-      const unsigned rounds = a.launch * kLayers + layer + 1;
       trace.layer(layer);
-      vectors.template run<Segment::whole>(
-          a.layers[layer], a.cache, residual, LayerTargets{rounds * S::kCtas, rounds * (S::kHeads * S::kPartials)}, layer);
+      vectors.template run<Segment::whole>(LayerOf{a.layers, layer}, a.cache, residual, a.launch * kLayers + layer + 1, layer);
       residual.advance();
     }
     trace.layer(kLayers);
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
 #pragma unroll 1
     for (int layer = 0; layer < kLayers; layer++) {
       trace.layer(layer);
-      tiles.template run<Segment::whole, kFaultCta>(layer);
+      tiles.template run<Segment::whole, kFaultCta>(a.launch * kLayers + layer + 1, layer);
     }
     trace.layer(kLayers);
     tiles.vocabulary(a.vocabulary, kLayers, [&](int index, float logit) { a.logits[index] = logit; });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block/share.cuh"
+#include "block/tagged.cuh"
 #include "step/choose.cuh"
 
 namespace clusterfusion {
@@ -21,7 +22,7 @@ struct StepArguments {
   Workspace workspace;
   KvCache cache;
   const void *embedding, *norm_weight, *norm_bias, *lm_head;
-  unsigned long long* pairs;                           // [2, hidden] of ResidualStream
+  Pair* pairs;                                         // [2, hidden] of ResidualStream
   float* logits;                                       // [vocabulary]
   StepState* state;
   Candidate* candidates;                               // [CTAs]
