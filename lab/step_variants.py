@@ -50,7 +50,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     cache_stage = -(-block._tile_bytes(c, tokens) // 128) * 128
     fixed = block.fixed_shared_bytes(c, ctas, stage, warps, vectors, cache_stages, cache_stage)
     most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES) // warps * warps
-    stages = min(knobs.get("stages", most), most, 64)
+    stages = min(knobs.get("stages", most), most, 64) // warps * warps
     splits = min(ctas // c.num_heads, block.MOST_SPLITS)
     splits = splits // 2 * 2 if splits > 1 else splits
     window = knobs.get("window", plan.window_stages)

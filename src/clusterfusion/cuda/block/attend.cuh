@@ -76,12 +76,13 @@ class Attention : public CtaState<S> {
     }
   }
 
-  // The attention's output of all heads into shared memory.
+  // The attention's output of all heads into shared memory, when the tile warps have done with what is there.
   template <bool kWhole, int kItems>
-  __device__ void load_attention(const SplitVector& to, unsigned epoch) {
+  __device__ void load_attention(const SplitVector& to, unsigned epoch, int layer) {
     float values[kItems] = {};
     if constexpr (kWhole) {
       read_pairs(*this, static_cast<const Pair*>(u_.attended), epoch, kOnAttention, values);
+      this->await(kProjected, layer);
     } else {
       for_my_quads<S>(values, [&](int quad, float* at) {
 #pragma unroll

@@ -17,10 +17,14 @@ namespace clusterfusion {
 __host__ __device__ constexpr int align16(int bytes) { return (bytes + 15) / 16 * 16; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Once a layer, in this order as far as a layer has them. Vector warps signal that the normed input, the attention's output,
-// the normed middle, h are there; tile warps that the sums of the output and of the down projection are.
-enum Signal { kNormed, kAttended, kOutputSums, kMiddleNormed, kHidden, kDownSums, kSignals };
-__host__ __device__ constexpr bool from_tiles(int signal) { return signal == kOutputSums || signal == kDownSums; }
+// Once a layer, in this order as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the
+// normed input, the attention's output, the normed middle, h. Tile warps signal that they have done with one: that q, k, v are
+// projected, so that the attention's output may take x1's place; the sums of the output projection; that up is, so that h may
+// take x2's place; the sums of the down projection.
+enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kSignals };
+__host__ __device__ constexpr bool from_tiles(int signal) {
+  return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums;
+}
 
 // What a CTA keeps in shared memory, and the collectives' types that follow from the shape.
 template <typename S>
@@ -33,8 +37,7 @@ struct CtaTypes {
   // Where each matrix's biases start.
   static constexpr int kUpBias = kQkvRows, kOutBias = kUpBias + kUpRows, kDownBias = kOutBias + kOutRows;
   static constexpr int kBiases = kDownBias + kOutRows;
-  // Vectors in shared memory: the two normed x of the projections; later, in their place, the attention's output and h. Who
-  // writes one has seen a dependency that this CTA's tile warps meet only after the last use of what lay there.
+  // Vectors in shared memory: the two normed x of the projections; later, in their place, the attention's output and h.
   static constexpr int kVectorsBytes = larger(2 * kVectorBytes, kVectorBytes + align16(S::kIntermediate * 2));
 
   using LocalTeam = PartialTeam<1, S::kVectorThreads, 0, 1>;

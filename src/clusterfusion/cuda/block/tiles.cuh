@@ -49,6 +49,7 @@ class TileWarps : public CtaState<S> {
           static_cast<float*>(u_.qkv)[first + row] = biased;
         }
       });
+      this->signal(kProjected);
       trace_.mark(TraceEvent::qkv_done);
       if constexpr (S::kParallel) up<kWhole, kFaultCta>(epoch);
     }
@@ -101,6 +102,7 @@ class TileWarps : public CtaState<S> {
         store_short_pair(static_cast<unsigned*>(u_.h) + first + row, *reinterpret_cast<const unsigned short*>(&h), epoch);
       }
     });
+    this->signal(kExpanded);
     trace_.mark(TraceEvent::up_done);
   }
 

@@ -75,7 +75,7 @@ class VectorWarps : public Attention<S> {
     }
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::output_begin);
-      this->template load_attention<kWhole, kItems>(x1, epoch);
+      this->template load_attention<kWhole, kItems>(x1, epoch, layer);
       this->signal(kAttended);
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
@@ -98,7 +98,7 @@ class VectorWarps : public Attention<S> {
     }
     if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
       trace_.mark(TraceEvent::down_begin);
-      load_hidden<kWhole>(epoch);
+      load_hidden<kWhole>(epoch, layer);
       this->signal(kHidden);
       trace_.mark(TraceEvent::down_ready);
       if constexpr (!S::kParallel && !kWhole) store_biases(biases), block_sync();
@@ -190,9 +190,9 @@ class VectorWarps : public Attention<S> {
     stage();
   }
 
-  // h of all CTAs into shared memory.
+  // h of all CTAs into shared memory, when the tile warps have done with what is there.
   template <bool kWhole>
-  __device__ void load_hidden(unsigned epoch) {
+  __device__ void load_hidden(unsigned epoch, int layer) {
     char* to = s_.vectors + kVectorBytes;
     if constexpr (kWhole) {
       constexpr int kFours = S::kIntermediate / 4, kTogether = 8;
@@ -206,6 +206,7 @@ class VectorWarps : public Attention<S> {
               if (mine(i)) pairs[i] = load_short_pairs(from + 4 * (first + i * kThreads));
             },
             [&](int i) { return !mine(i) || all_of_epoch(pairs[i], epoch); });
+        this->await(kExpanded, layer);
 #pragma unroll
         for (int i = 0; i < kTogether; i++) {
           if (mine(i)) reinterpret_cast<uint2*>(to)[first + i * kThreads] = values_of(pairs[i]);
