@@ -29,8 +29,8 @@ from clusterfusion.plan import BlockPlan, block
 from clusterfusion.random_weights import random_weights, uniform
 
 VECTORS = (
-    "begin residual_read normed attention_begin head_read attention_done output_begin output_ready down_begin down_ready "
-    "sums_wait published"
+    "begin residual_read normed attention_begin head_read attention_done output_wait output_begin output_ready down_wait "
+    "down_begin down_ready sums_wait published"
 ).split()
 TILES = (
     "qkv_wait qkv_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done"

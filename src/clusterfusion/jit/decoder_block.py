@@ -59,7 +59,6 @@ class Workspace(ctypes.Structure):
         ("table_stride", _INT64),
         ("qkv", _POINTER),
         ("partials", _POINTER),
-        ("attended", _POINTER),
         ("h", _POINTER),
         ("counters", _POINTER),
         ("error", _POINTER),
@@ -81,7 +80,7 @@ class LayerArguments(ctypes.Structure):
         ("x", _POINTER),
         ("out", _POINTER),
         ("middle", _POINTER),
-        ("_padding", ctypes.c_byte * 112),  # to a multiple of a tensor map's alignment
+        ("_padding", ctypes.c_byte * 120),  # to a multiple of a tensor map's alignment
     )
 
 

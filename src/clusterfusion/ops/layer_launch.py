@@ -34,14 +34,8 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
     torch.float32: "float32",
 }
 _DEPENDENCIES = (
-    *(
-        "q, k and v",
-        "another cluster's part of its head",
-        "attention",
-        "the MLP's hidden vector",
-        "the middle residual",
-    ),
-    *("its cluster", "the residual vector"),
+    *("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster"),
+    "the residual vector",
 )
 _BAD_POSITION = len(_DEPENDENCIES) + 1
 _CLAIM = 4  # the word of an error record that whoever writes it has set first
@@ -106,14 +100,10 @@ class LayerScratch:
         for name, size in sizes.items():
             self.tensors[name] = self.buffer[start : start + size]
             start += size
-        c = plan.config
-        # What segments leave here, and what callers may look at.
-        self.tensors["middle"] = self.tensors["middle"].view(torch.float32)[: c.hidden_size]
-        self.tensors["h"] = self.tensors["h"].view(weight_dtype)
-
-    def plain_h(self, plan: BlockPlan) -> Tensor:
-        """h as segments leave it, [intermediate] of the weights' dtype."""
-        return self.tensors["h"][: plan.config.intermediate_size]
+        # What callers may look at.
+        self.tensors["middle"] = self.tensors["middle"].view(torch.float32)[: plan.config.hidden_size]
+        self.tensors["h"] = self.tensors["h"].view(weight_dtype)[: plan.config.intermediate_size]
+        self.tensors["counters"] = self.tensors["counters"].view(torch.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +199,7 @@ def workspace(plan: BlockPlan, tables: RotaryTables, scratch: LayerScratch, erro
         second_angles=tables.second_angles,
         error=error.address,
         eps=plan.config.norm_eps,
-        **{name: scratch.tensors[name].data_ptr() for name in ("qkv", "partials", "attended", "h", "counters")},
+        **{name: scratch.tensors[name].data_ptr() for name in ("qkv", "partials", "h", "counters")},
     )
 
 

@@ -44,8 +44,7 @@ WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
 PAIR_BYTES = 8  # a float and its epoch
-SHORT_PAIR_BYTES = 4  # a 16-bit value and half an epoch
-COUNTER_BYTES = 2 * 128  # two counters, each on a cache line of its own
+COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
@@ -102,18 +101,17 @@ class BlockPlan:
             name: _round_up(size, TENSOR_COPY_ALIGNMENT)
             for name, size in {
                 "qkv": PAIR_BYTES * 3 * c.hidden_size,
-                "partials": PAIR_BYTES * c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING),
-                "attended": PAIR_BYTES * c.hidden_size,
+                "partials": 4 * c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING),
                 "middle": 4 * c.hidden_size,
-                "h": SHORT_PAIR_BYTES * c.intermediate_size,
+                "h": ELEMENT_BYTES * c.intermediate_size,
                 "counters": COUNTER_BYTES,
             }.items()
         }
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory of one context beside weights and K/V: q, k, v, partials, attention's output, the middle residual,
-        h, counters."""
+        """Device memory of one context beside weights and K/V: q, k, v, partials, the middle residual, h,
+        counters."""
         return sum(self.scratch_sizes.values())
 
     def rows(self, total: int, cta: int) -> range:

@@ -115,7 +115,7 @@ def _attention_on_gpu(
             position = torch.full((1,), position, dtype=torch.int32, device=x.device)
         k_new, v_new = (k.new_empty(k.shape[0], k.shape[2]) for _ in range(2))
         scratch = LayerScratch(plan, k.dtype, x.device)
-        attended, h = scratch.tensors["middle"], scratch.plain_h(plan)
+        attended, h = scratch.tensors["middle"], scratch.tensors["h"]
         for result in (attended, h):
             result.fill_(torch.nan)  # and so they stay if the position is not in the cache
         # Nothing writes `out`: `contract` does not run.

@@ -31,11 +31,10 @@ class Attention : public CtaState<S> {
   // Asks for the first cached tokens of a layer: ahead of the dependency on q, k and v.
   __device__ void fetch_ahead(int layer) { tiles_.begin(cached_tiles(), fetcher(layer)); }
 
-  // Leaves in the workspace: of a whole layer this CTA's share of the attention's output of its head, as pairs; of a segment
-  // the partial of its cluster.
+  // Leaves the partial of this CTA's cluster in the workspace. True where somebody has to be told: on rank 0 of a cluster.
   // head_read() comes when q, k and v are there.
   template <bool kWhole, typename HeadRead>
-  __device__ void attend(const KvCache& cache, int layer, unsigned epoch, HeadRead head_read) {
+  __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadRead head_read) {
     load_head<kWhole>(cache, layer, epoch);
     head_read();
     pair_.block_sync();
@@ -60,92 +59,61 @@ class Attention : public CtaState<S> {
       return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     });
     if (pair_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
-    if (S::kMerged > 1 && pair_.rank() != 0) return;
-    const int partial = split() / S::kMerged;
-    for (int i = thread_; i < S::kHeadDim + 2; i += S::kVectorThreads) {
+    if (S::kMerged > 1 && pair_.rank() != 0) return false;
+    float* to = u_.partials + (head() * S::kPartials + split() / S::kMerged) * kPartial;
+    for (int i = thread_; i < kPartial; i += S::kVectorThreads) {
       const float value = merge_partials<S::kHeadDim>(gather_.result(), S::kMerged, kPartial, i < S::kHeadDim ? i : 0, scale);
-      const float own = i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : scale.sum;
-      const int at = (head() * S::kPartials + partial) * kPartial + i;
-      if constexpr (!kWhole) {
-        static_cast<float*>(u_.partials)[at] = own;
-      } else if (partial != 0) {
-        store_pair(static_cast<Pair*>(u_.partials) + at, own, epoch);
-      } else if (i < S::kHeadDim) {
-        store_pair(static_cast<Pair*>(u_.attended) + head() * S::kHeadDim + i, merge_head(value, scale, i, epoch), epoch);
-      }
+      to[i] = i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     }
+    pair_.block_sync();
+    return true;
   }
 
-  // The attention's output of all heads into shared memory, when the tile warps have done with what is there.
+  // The attention's output of all heads, merged from the partials, into shared memory, when the tile warps have done with what
+  // is there.
   template <bool kWhole, int kItems>
-  __device__ void load_attention(const SplitVector& to, unsigned epoch, int layer) {
-    float values[kItems] = {};
-    if constexpr (kWhole) {
-      read_pairs(*this, static_cast<const Pair*>(u_.attended), epoch, kOnAttention, values);
-      this->await(kProjected, layer);
-    } else {
-      for_my_quads<S>(values, [&](int quad, float* at) {
+  __device__ void load_attention(const SplitVector& to, int layer) {
+    constexpr int kQuads = kItems / 4, kPartials = S::kPartials;
+    constexpr bool kAtOnce = kQuads * kPartials <= 12;  // that many loads fit the registers, and cost one trip together
+    constexpr int kTogether = kAtOnce ? kQuads : 1;
 #pragma unroll
-        for (int k = 0; k < 4; k++) at[k] = merged(quad * 4 + k);
-      });
+    for (int first = 0; first < kQuads; first += kTogether) {
+      float4 parts[kTogether][kPartials] = {};
+      float2 scales[kTogether][kPartials] = {};
+      const auto quad_of = [&](int i) { return (first + i) * S::kVectorThreads + thread_; };
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        if (quad_of(i) >= S::kHidden / 4) continue;
+        const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
+        const float* partials = u_.partials + of_head * kPartials * kPartial;
+#pragma unroll
+        for (int n = 0; n < kPartials; n++) {
+          scales[i][n] = __ldcg(reinterpret_cast<const float2*>(partials + n * kPartial + S::kHeadDim));
+          parts[i][n] = __ldcg(reinterpret_cast<const float4*>(partials + n * kPartial + dim));
+        }
+      }
+      if constexpr (kWhole) this->await(kProjected, layer);
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        if (quad_of(i) >= S::kHidden / 4) continue;
+        float maximum = -kInfinity, sum = 0;
+#pragma unroll
+        for (int n = 0; n < kPartials; n++) maximum = fmaxf(maximum, scales[i][n].x);
+        float4 value = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int n = 0; n < kPartials; n++) {
+          const float weight = scales[i][n].x == -kInfinity ? 0.0f : exp2f(scales[i][n].x - maximum);
+          const float4 part = parts[i][n];
+          sum = fmaf(weight, scales[i][n].y, sum);
+          value.x = fmaf(weight, part.x, value.x), value.y = fmaf(weight, part.y, value.y);
+          value.z = fmaf(weight, part.z, value.z), value.w = fmaf(weight, part.w, value.w);
+        }
+        to.quad(quad_of(i)) = make_float4(value.x / sum, value.y / sum, value.z / sum, value.w / sum);
+      }
     }
-    for_my_quads<S>(values, [&](int quad, const float* at) { to.quad(quad) = make_float4(at[0], at[1], at[2], at[3]); });
   }
 
  private:
-  // Element `dim` of the head's output: the first cluster's own partial and, in order, the other clusters', waited for.
-  __device__ float merge_head(float own, const SoftmaxScale& scale, int dim, unsigned epoch) {
-    constexpr int kOthers = S::kPartials - 1;
-    HeadMerge head_merge(own, scale);
-    if constexpr (kOthers > 0) {
-      constexpr int kTogether = kOthers < 4 ? kOthers : 4;
-      const Pair* others = static_cast<const Pair*>(u_.partials) + (head() * S::kPartials + 1) * kPartial;
-      float values[kOthers < 64 ? kOthers : 1];
-      static_assert(kOthers < 64, "as many as registers hold");
-      SoftmaxScale scales[kOthers];
-#pragma unroll
-      for (int first = 0; first < kOthers; first += kTogether) {
-        Pair pairs[kTogether][3] = {};
-        this->template poll<kTogether>(
-            kOnPartial, epoch,
-            [&](int i) {
-              if (first + i >= kOthers) return;
-              const Pair* other = others + (first + i) * kPartial;
-              pairs[i][0] = load_pair(other + dim);
-              load_pairs(other + S::kHeadDim, pairs[i][1], pairs[i][2]);
-            },
-            [&](int i) {
-              if (first + i >= kOthers) return true;
-              values[first + i] = value_of(pairs[i][0]);
-              scales[first + i] = {value_of(pairs[i][1]), value_of(pairs[i][2])};
-              return epoch_of(pairs[i][0]) == epoch && epoch_of(pairs[i][1]) == epoch && epoch_of(pairs[i][2]) == epoch;
-            });
-      }
-#pragma unroll
-      for (int i = 0; i < kOthers; i++) head_merge.see(scales[i]);
-      head_merge.begin();
-#pragma unroll
-      for (int i = 0; i < kOthers; i++) head_merge.add(values[i], scales[i]);
-    } else {
-      head_merge.begin();
-    }
-    return head_merge.result();
-  }
-
-  // Element `index` of all heads' output, merged from the partials of a launch before.
-  __device__ float merged(int index) const {
-    const int of_head = index / S::kHeadDim, dim = index % S::kHeadDim;
-    const float* partials = static_cast<const float*>(u_.partials) + of_head * S::kPartials * kPartial;
-    const auto scale = [&](int i) {
-      return SoftmaxScale{__ldcg(partials + i * kPartial + S::kHeadDim), __ldcg(partials + i * kPartial + S::kHeadDim + 1)};
-    };
-    HeadMerge head_merge(__ldcg(partials + dim), scale(0));
-    for (int i = 1; i < S::kPartials; i++) head_merge.see(scale(i));
-    head_merge.begin();
-    for (int i = 1; i < S::kPartials; i++) head_merge.add(__ldcg(partials + i * kPartial + dim), scale(i));
-    return head_merge.result();
-  }
-
   // q, k and v of this CTA's head: rotated, k and v rounded as the cache holds them; q scaled. Split 0 writes the cache.
   template <bool kWhole>
   __device__ void load_head(const KvCache& cache, int layer, unsigned epoch) {

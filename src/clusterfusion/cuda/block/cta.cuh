@@ -63,10 +63,11 @@ struct CtaTypes {
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
     typename PairTeam::Scratch pair;
+    unsigned warps_done;
     int expired;
-    // Read from memory once, so that all of the CTA goes by the same: the position, and CTAs counted by launches before.
+    // Read from memory once, so that all of the CTA goes by the same: the position, and the number of launches before.
     int position;
-    unsigned counted;
+    unsigned launches;
   };
 };
 
@@ -86,6 +87,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     CtaShare<S>::WeightRing::init(shared.ring);
     CtaShare<S>::CacheStages::init(shared.cache_barriers);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
+    shared.warps_done = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);
     CtaTypes<S>::PairTeam::init(shared.pair);

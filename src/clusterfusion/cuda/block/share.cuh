@@ -38,11 +38,10 @@ struct KvCache {
 struct Workspace {
   const float *cos, *sin;                // a row a position, an angle a pair of dimensions
   cuda::std::int64_t table_stride;       // 0: one row, for the current position
-  // Scratch, zero before first use. Whole layers leave tagged values there (tagged.cuh), segments plain ones.
-  void* qkv;                             // [3 * hidden], float or Pair
-  void* partials;                        // [heads, partials], float or Pair
-  void* attended;                        // [hidden], Pair: the attention's output of all heads
-  void* h;                               // [intermediate], W or a short pair
+  // Scratch, zero before first use.
+  void* qkv;                             // [3 * hidden], Pair of a whole layer, float of a segment
+  float* partials;                       // [heads, partials]
+  void* h;                               // [intermediate]
   unsigned* counters;                    // kCounters, kCounterStride apart
   unsigned* error;                       // kErrorWords
   float eps;
@@ -63,11 +62,11 @@ struct LayerArguments {
 static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
-enum Counter { kMiddleDone, kLaunchDone, kCounters };
+enum Counter { kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.
-enum Dependency { kOnQkv, kOnPartial, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
+enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.

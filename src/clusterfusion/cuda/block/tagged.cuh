@@ -1,9 +1,9 @@
 // Values that carry their epoch, for CTAs to pass to one another: the data are their own flag. No fence before them, no counter
-// behind them, and no second trip for who finds it met; readers poll.
+// behind them, and no second trip for who finds it met; readers poll. Worth it for few values and short waits: what many CTAs
+// poll for long, attention's output and h, held up the stream by more than a counter's trips (lab/decode_step.md).
 //
-// A pair is a 32-bit float and a 32-bit epoch; a short pair a 16-bit value and the low half of an epoch. Each is one aligned
-// word, written and read at once. An epoch names one layer of one launch over a buffer, so no word that is there can carry one
-// that is still to come: every word is written again in every layer.
+// A pair is a 32-bit float and a 32-bit epoch, one aligned word, written and read at once. An epoch names one layer of one launch
+// over a buffer, so no word that is there can carry one that is still to come: every word is written again in every layer.
 #pragma once
 
 #include <cuda/std/cstdint>
@@ -26,26 +26,5 @@ __device__ __forceinline__ void load_pairs(const Pair* from, Pair& a, Pair& b) {
 }
 __device__ __forceinline__ float value_of(Pair pair) { return __uint_as_float(static_cast<unsigned>(pair)); }
 __device__ __forceinline__ unsigned epoch_of(Pair pair) { return static_cast<unsigned>(pair >> 32); }
-
-// The value in the low half, so that two of them are packed by one byte permutation.
-__device__ __forceinline__ void store_short_pair(unsigned* to, unsigned short bits, unsigned epoch) {
-  const unsigned pair = epoch << 16 | bits;
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(pair) : "memory");
-}
-__device__ __forceinline__ uint4 load_short_pairs(const unsigned* from) {  // four neighbours, 16-byte aligned
-  uint4 pairs;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(pairs.x), "=r"(pairs.y), "=r"(pairs.z), "=r"(pairs.w)
-               : "l"(from)
-               : "memory");
-  return pairs;
-}
-__device__ __forceinline__ bool all_of_epoch(uint4 pairs, unsigned epoch) {
-  const unsigned wanted = epoch << 16;
-  return (((pairs.x ^ wanted) | (pairs.y ^ wanted) | (pairs.z ^ wanted) | (pairs.w ^ wanted)) & 0xffff0000u) == 0;
-}
-__device__ __forceinline__ uint2 values_of(uint4 pairs) {
-  return make_uint2(__byte_perm(pairs.x, pairs.y, 0x5410), __byte_perm(pairs.z, pairs.w, 0x5410));
-}
 
 }  // namespace clusterfusion

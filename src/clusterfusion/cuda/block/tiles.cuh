@@ -28,8 +28,8 @@ class TileWarps : public CtaState<S> {
       : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_, lane_),
         trace_(trace) {}
 
-  // One layer, or a segment of it; `layer` and `epoch` as for VectorWarps. kFaultCta, for tests: that CTA never gives its part
-  // of h.
+  // One layer, or a segment of it; `layer` and `epoch` as for VectorWarps. kFaultCta, for tests: that CTA never arrives
+  // for its part of h.
   template <Segment kSegment, int kFaultCta = -1>
   __device__ void run(unsigned epoch, int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
@@ -51,7 +51,7 @@ class TileWarps : public CtaState<S> {
       });
       this->signal(kProjected);
       trace_.mark(TraceEvent::qkv_done);
-      if constexpr (S::kParallel) up<kWhole, kFaultCta>(epoch);
+      if constexpr (S::kParallel) up<kWhole, kFaultCta>();
     }
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
@@ -63,7 +63,7 @@ class TileWarps : public CtaState<S> {
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
       this->await(kMiddleNormed, layer);
-      up<kWhole, kFaultCta>(epoch);
+      up<kWhole, kFaultCta>();
     }
     if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
       trace_.mark(TraceEvent::down_tiles_wait);
@@ -92,18 +92,27 @@ class TileWarps : public CtaState<S> {
 
  private:
   template <bool kWhole, int kFaultCta>
-  __device__ void up(unsigned epoch) {
+  __device__ void up() {
     const int first = rows_from(S::kIntermediate), rows = rows_to(S::kIntermediate) - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 1), [&](int row, float value) {
-      const W h = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
-      if constexpr (!kWhole) {
-        static_cast<W*>(u_.h)[first + row] = h;
-      } else if (kFaultCta < 0 || this->cta_ != kFaultCta) {
-        store_short_pair(static_cast<unsigned*>(u_.h) + first + row, *reinterpret_cast<const unsigned short*>(&h), epoch);
-      }
+      static_cast<W*>(u_.h)[first + row] = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
     });
     this->signal(kExpanded);
+    if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
     trace_.mark(TraceEvent::up_done);
+  }
+
+  // The last tile warp of the CTA to come here arrives for the CTA. Its warps meet before any of them comes here again.
+  __device__ void warp_done(Counter arrival) {
+    __syncwarp();
+    if (lane_ == 0) {
+      unsigned before;
+      asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
+                   : "=r"(before)
+                   : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&s_.warps_done)))
+                   : "memory");
+      if ((before + 1) % S::kWarps == 0) grid_arrive(this->counter(arrival));
+    }
   }
 
   // Rows that one lane can finish at once: calls out(row, value).

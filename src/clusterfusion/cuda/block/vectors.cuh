@@ -7,6 +7,11 @@
 
 namespace clusterfusion {
 
+// Where the counters stand once all have arrived for a layer.
+struct LayerTargets {
+  unsigned all_ctas, all_heads;
+};
+
 // Tracer: a Trace of trace.cuh, or NoTrace, which costs nothing.
 template <typename S, typename Tracer = NoTrace>
 class VectorWarps : public Attention<S> {
@@ -42,7 +47,8 @@ class VectorWarps : public Attention<S> {
   // layer's tagged values.
   template <Segment kSegment, typename Residual>
   __device__ void run(
-      const LayerOf& w, const KvCache& cache, Residual& residual, unsigned epoch, int layer) {
+      const LayerOf& w, const KvCache& cache, Residual& residual, const LayerTargets& targets, unsigned epoch,
+      int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
     this->begin_layer();
     const SplitVector x1 = split_vector<S>(s_.vectors, 0);
@@ -69,13 +75,17 @@ class VectorWarps : public Attention<S> {
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
         trace_.mark(TraceEvent::attention_begin);
-        this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::head_read); });
+        const bool tells =
+            this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::head_read); });
+        if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone));
         trace_.mark(TraceEvent::attention_done);
       }
     }
     if constexpr (runs<kSegment>(Segment::output)) {
+      trace_.mark(TraceEvent::output_wait);
+      if constexpr (kWhole) this->wait(kAttentionDone, targets.all_heads, kOnAttention);
       trace_.mark(TraceEvent::output_begin);
-      this->template load_attention<kWhole, kItems>(x1, epoch, layer);
+      this->template load_attention<kWhole, kItems>(x1, layer);
       this->signal(kAttended);
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
@@ -97,8 +107,10 @@ class VectorWarps : public Attention<S> {
       }
     }
     if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
+      trace_.mark(TraceEvent::down_wait);
+      if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas, kOnHidden);
       trace_.mark(TraceEvent::down_begin);
-      load_hidden<kWhole>(epoch, layer);
+      load_hidden<kWhole>(layer);
       this->signal(kHidden);
       trace_.mark(TraceEvent::down_ready);
       if constexpr (!S::kParallel && !kWhole) store_biases(biases), block_sync();
@@ -157,9 +169,8 @@ class VectorWarps : public Attention<S> {
   }
 
   // What read(values) gives, normed into vector `to`; with kBoth by norm 1 into the first and by norm 2 into the second, from
-  // the same statistics. norm_of(n): weight and bias of norm 1, then of norm 2. Norm weights are on their way to the L2 while read waits, and to registers while the statistics are
-  // made: kept in registers through the wait, they would spill. stage() runs behind the sums' barriers, when nobody of the
-  // vector warps is still at work on what came before.
+  // the same statistics. norm_of(n): weight and bias of norm 1, then of norm 2; asked for before read, which may wait. stage()
+  // runs behind the sums' barriers, when nobody of the vector warps is still at work on what came before.
   template <bool kBoth, typename Norm, typename Read, typename Stage>
   __device__ void normalise(Norm norm_of, Read read, Stage stage, int to = 0) {
     OwnSums block(s_.block);
@@ -168,18 +179,16 @@ class VectorWarps : public Attention<S> {
     Vector<W, 4> norm[kEarly ? kItems / 4 : 1][kNorms] = {};
     float values[kItems] = {};
     int valid = 0;
-    for_my_quads<S>(values, [&](int quad, float* at) {
-#pragma unroll
-      for (int n = 0; n < kNorms; n++) prefetch(static_cast<const Vector<W, 4>*>(norm_of(n)) + quad);
-      valid = at - values + 4;
-    });
-    read(values);
-    trace_.mark(TraceEvent::residual_read);
     const auto load_norm = [&](int quad, int i) {
 #pragma unroll
       for (int n = 0; n < kNorms; n++) norm[i][n] = static_cast<const Vector<W, 4>*>(norm_of(n))[quad];
     };
-    if constexpr (kEarly) for_my_quads<S>(values, [&](int quad, const float* at) { load_norm(quad, (at - values) / 4); });
+    for_my_quads<S>(values, [&](int quad, float* at) {
+      if constexpr (kEarly) load_norm(quad, (at - values) / 4);
+      valid = at - values + 4;
+    });
+    read(values);
+    trace_.mark(TraceEvent::residual_read);
     const NormTransform t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
@@ -192,29 +201,19 @@ class VectorWarps : public Attention<S> {
 
   // h of all CTAs into shared memory, when the tile warps have done with what is there.
   template <bool kWhole>
-  __device__ void load_hidden(unsigned epoch, int layer) {
-    char* to = s_.vectors + kVectorBytes;
-    if constexpr (kWhole) {
-      constexpr int kFours = S::kIntermediate / 4, kTogether = 8;
-      const unsigned* from = static_cast<const unsigned*>(u_.h);
-      for (int first = thread_; first < kFours; first += kTogether * kThreads) {
-        uint4 pairs[kTogether] = {};
-        const auto mine = [&](int i) { return first + i * kThreads < kFours; };
-        this->template poll<kTogether>(
-            kOnHidden, epoch,
-            [&](int i) {
-              if (mine(i)) pairs[i] = load_short_pairs(from + 4 * (first + i * kThreads));
-            },
-            [&](int i) { return !mine(i) || all_of_epoch(pairs[i], epoch); });
-        this->await(kExpanded, layer);
+  __device__ void load_hidden(int layer) {
+    constexpr int kVectors = S::kIntermediate / kVector, kTogether = 8;
+    uint4* to = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes);
+    for (int first = thread_; first < kVectors; first += kTogether * kThreads) {
+      uint4 h[kTogether] = {};
 #pragma unroll
-        for (int i = 0; i < kTogether; i++) {
-          if (mine(i)) reinterpret_cast<uint2*>(to)[first + i * kThreads] = values_of(pairs[i]);
-        }
+      for (int i = 0; i < kTogether; i++) {
+        if (first + i * kThreads < kVectors) h[i] = __ldcg(static_cast<const uint4*>(u_.h) + first + i * kThreads);
       }
-    } else {
-      for (int i = thread_; i < S::kIntermediate / kVector; i += kThreads) {
-        reinterpret_cast<uint4*>(to)[i] = __ldcg(static_cast<const uint4*>(u_.h) + i);
+      if constexpr (kWhole) this->await(kExpanded, layer);
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        if (first + i * kThreads < kVectors) to[first + i * kThreads] = h[i];
       }
     }
   }

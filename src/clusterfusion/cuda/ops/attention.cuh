@@ -149,26 +149,4 @@ __device__ __forceinline__ float merge_partials(const float* partials, int count
   return value;
 }
 
-// One element of a head's output from its partials, in order: all scales are seen before the values after the first are added.
-class HeadMerge {
- public:
-  __device__ HeadMerge(float first, const SoftmaxScale& scale) : first_(first), scale_(scale), maximum_(scale.maximum) {}
-  __device__ void see(const SoftmaxScale& scale) { maximum_ = fmaxf(maximum_, scale.maximum); }
-  __device__ void begin() {
-    value_ = sum_ = 0;
-    add(first_, scale_);
-  }
-  __device__ void add(float value, const SoftmaxScale& scale) {
-    const float weight = scale.maximum == -kInfinity ? 0.0f : exp2f(scale.maximum - maximum_);
-    sum_ = fmaf(weight, scale.sum, sum_);
-    value_ = fmaf(weight, value, value_);
-  }
-  __device__ float result() const { return value_ / sum_; }
-
- private:
-  float first_;
-  SoftmaxScale scale_;
-  float maximum_, value_ = 0, sum_ = 0;
-};
-
 }  // namespace clusterfusion

@@ -14,9 +14,6 @@ struct alignas(sizeof(T) * kWidth < kMaxAccessBytes ? sizeof(T) * kWidth : kMaxA
   T element[kWidth];
 };
 
-// Has the line at `address` brought to the L2, and waits for nothing.
-__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

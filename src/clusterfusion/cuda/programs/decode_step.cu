@@ -72,7 +72,7 @@ __device__ void choose_token(TileWarps<S, Tracer>& tiles, const StepArguments<kL
   __threadfence_system();
 }
 
-// kFaultCta: for tests, a CTA that never gives its part of h; -1 for none.
+// kFaultCta: for tests, a CTA that never arrives for its part of h; -1 for none.
 // Grid: S::kCtas CTAs of S::kThreads threads in clusters of S::kCluster, all resident together. Dynamic shared memory:
 // S::kSharedBytes.
 template <typename S, int kLayers, bool kTrace, int kFaultCta>
@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
 #pragma unroll 1
     for (int layer = 0; layer < kLayers; layer++) {
       trace.layer(layer);
-      vectors.template run<Segment::whole>(LayerOf{a.layers, layer}, a.cache, residual, a.launch * kLayers + layer + 1, layer);
+      const unsigned epoch = a.launch * kLayers + layer + 1;
+      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kHeads * S::kPartials)};
+      vectors.template run<Segment::whole>(LayerOf{a.layers, layer}, a.cache, residual, targets, epoch, layer);
       residual.advance();
     }
     trace.layer(kLayers);

@@ -55,20 +55,20 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   wait_for_previous_launch();
   let_next_launch_start();
   if constexpr (kWhole) {
-    // Every launch over this memory counts its CTAs at its end. When the count wraps, epochs start again from 1.
-    if (threadIdx.x == 0) shared.counted = __ldcg(arguments.workspace.counters + kLaunchDone * kCounterStride);
+    if (threadIdx.x == 0) shared.launches = __ldcg(arguments.workspace.counters + kLaunchDone * kCounterStride);
     named_barrier_sync<3, S::kConsumers>();
   }
-  const unsigned epoch = kWhole ? shared.counted / S::kCtas + 1 : 0;
+  const unsigned epoch = kWhole ? shared.launches + 1 : 0;
   NoTrace trace;
   if (threadIdx.x >= S::kVectorThreads) {
     if (in_cache) TileWarps<S>(arguments.workspace, position, shared, trace).template run<kSegment>(epoch, 0);
   } else {
     VectorWarps<S> vectors(arguments.workspace, arguments.k_map, arguments.v_map, position, shared, trace);
     if (in_cache) {
-      LayerResidual<S, kWhole> residual(arguments, kWhole ? shared.counted + S::kCtas : 0);
-      vectors.template run<kSegment>(LayerOf{&arguments.layer, 0}, arguments.cache, residual, epoch, 0);
-      if (kWhole && threadIdx.x == 0) grid_count(vectors.counter(kLaunchDone));
+      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kHeads * S::kPartials)};
+      LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);
+      vectors.template run<kSegment>(LayerOf{&arguments.layer, 0}, arguments.cache, residual, targets, epoch, 0);
+      if (kWhole && blockIdx.x == 0 && threadIdx.x == 0) grid_count(vectors.counter(kLaunchDone));
     } else {
       refuse<S, kSegment>(vectors, arguments, position);
     }
