@@ -13,7 +13,8 @@ import torch
 from tiny_models import tiny_gpt_neox, tiny_llama, tiny_model
 
 import clusterfusion
-from clusterfusion.engine import Engine
+from clusterfusion.engine import Engine, SamplingOptions
+from clusterfusion.engine.sampling import Sampler
 from clusterfusion.errors import ArgumentError, ContextLengthError, DeviceError
 from clusterfusion.named_shapes import named_shape
 
@@ -112,6 +113,16 @@ def test_sampling_is_reproducible(engine: Engine) -> None:
     assert (
         engine.generate(IDS, 30, seed=3, **options).token_ids != engine.generate(IDS, 30, seed=4, **options).token_ids
     )
+
+
+def test_a_tokens_position_decides_its_noise(engine: Engine) -> None:
+    """The first new token stands behind the prompt; a session and a sampler of one's own give the same tokens."""
+    token_ids = engine.generate(IDS, 12, temperature=1.0, seed=5).token_ids
+    session = engine.session()
+    logits = session.prefill(IDS)
+    for at, token in enumerate(token_ids, start=len(IDS)):
+        assert Sampler(SamplingOptions(temperature=1.0, seed=5), []).choose(logits, at) == token
+        logits = session.step(token)
 
 
 def test_context_limits() -> None:

@@ -16,6 +16,7 @@ import clusterfusion
 from clusterfusion import reference
 from clusterfusion.engine.block_decoder import BlockDecoder
 from clusterfusion.engine.loading import demo_folder
+from clusterfusion.engine.step_decoder import StepDecoder
 from clusterfusion.errors import ArgumentError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
 from clusterfusion.random_weights import random_weights, uniform
@@ -23,7 +24,7 @@ from clusterfusion.weights import DecoderWeights
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
-MODES = ("split", "fused", "graph")
+MODES = ("split", "fused", "graph", "model")
 
 TINY: dict[str, dict[str, Any]] = {
     "parallel": {},
@@ -110,8 +111,12 @@ def test_named_shapes_against_truth(name: str) -> None:
         assert_closer_to_truth(results["graph"], of_transformers(model, ids, context), truth(model, ids, context))
 
 
-def one_step(decoder: BlockDecoder, position: int) -> Tensor:
+def one_step(decoder: BlockDecoder | StepDecoder, position: int) -> Tensor:
     return decoder.step(7, position)
+
+
+def make_decoder(weights: DecoderWeights, cache: reference.KVCache, mode: str) -> BlockDecoder | StepDecoder:
+    return StepDecoder(weights, cache) if mode == "model" else BlockDecoder(weights, cache, mode)
 
 
 def layers_of(name: str, layers: int) -> DecoderWeights:
@@ -134,8 +139,8 @@ def test_a_thousand_repeats_have_the_same_bits(name: str) -> None:
     weights = layers_of(name, 2)
     other = torch.cuda.Stream()
     a = torch.randn(2048, 2048, device=GPU)
-    for mode, repeats in (("fused", 1000), ("graph", 1000), ("split", 200)):
-        decoder = BlockDecoder(weights, noisy_cache(weights), mode)
+    for mode, repeats in (("model", 1000), ("fused", 1000), ("graph", 1000), ("split", 200)):
+        decoder = make_decoder(weights, noisy_cache(weights), mode)
         first = one_step(decoder, 1500)
         for repeat in range(repeats):
             if repeat % 10 == 0:
@@ -150,13 +155,13 @@ def test_two_streams_of_overlapping_launches(name: str, steps: int, mode: str) -
     """Chains of launches that start before the one ahead has ended, two at once, from two threads: nobody starves."""
     weights = layers_of(name, 4)
     positions = (100, 1500)
-    expected = [one_step(BlockDecoder(weights, noisy_cache(weights), mode), at) for at in positions]
+    expected = [one_step(make_decoder(weights, noisy_cache(weights), mode), at) for at in positions]
     torch.cuda.synchronize()
     wrong: list[str] = []
 
     def run(which: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            decoder = BlockDecoder(weights, noisy_cache(weights), mode)
+            decoder = make_decoder(weights, noisy_cache(weights), mode)
             unlike = torch.zeros((), dtype=torch.int64, device=GPU)
             for _ in range(steps):
                 unlike += (one_step(decoder, positions[which]) != expected[which]).any()
@@ -171,7 +176,7 @@ def test_two_streams_of_overlapping_launches(name: str, steps: int, mode: str) -
     assert not wrong
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["split", "fused", "graph"])
 def test_token_major_caches_give_the_same_bits(mode: str) -> None:
     weights = layers_of("pythia-2.8b", 2)
     plain, token_major = noisy_cache(weights), noisy_cache(weights, token_major=True)
@@ -183,13 +188,14 @@ def test_token_major_caches_give_the_same_bits(mode: str) -> None:
         assert torch.equal(plain.v, token_major.v)
 
 
-def test_what_lies_beyond_the_position_is_never_read() -> None:
+@pytest.mark.parametrize("mode", ["fused", "model"])
+def test_what_lies_beyond_the_position_is_never_read(mode: str) -> None:
     weights = layers_of("pythia-1.4b", 1)
     for position in (0, 1, 100, 1001):
         clean, poisoned = noisy_cache(weights), noisy_cache(weights)
         for tensor in (poisoned.k, poisoned.v):
             tensor[:, :, position:] = torch.nan
-        logits = [one_step(BlockDecoder(weights, cache, "fused"), position) for cache in (clean, poisoned)]
+        logits = [one_step(make_decoder(weights, cache, mode), position) for cache in (clean, poisoned)]
         assert torch.equal(*logits)
         assert torch.isfinite(logits[0]).all()
 
@@ -213,12 +219,12 @@ def test_one_captured_graph_serves_every_position_and_token() -> None:
 def test_demo_text_is_the_same_in_every_mode() -> None:
     prompt = "The morning was fine, and Elizabeth"
     texts = {mode: clusterfusion.load("demo", mode=mode).generate(prompt, 200).text for mode in MODES}
-    assert texts["split"] == texts["fused"] == texts["graph"]
+    assert texts["split"] == texts["fused"] == texts["graph"] == texts["model"]
     sampled = {
         mode: clusterfusion.load("demo", mode=mode).generate(prompt, 200, temperature=0.8, seed=3).text
         for mode in MODES
     }
-    assert sampled["split"] == sampled["fused"] == sampled["graph"]
+    assert sampled["split"] == sampled["fused"] == sampled["graph"] == sampled["model"]
 
 
 def test_demo_is_closer_to_the_truth_than_transformers() -> None:
@@ -234,10 +240,9 @@ def test_demo_is_closer_to_the_truth_than_transformers() -> None:
         assert_closer_to_truth(ours, of_transformers(model, window, context), truth(model, window, context))
 
 
-def test_auto_takes_the_graph_and_says_why() -> None:
+def test_auto_takes_the_fastest_and_says_why() -> None:
     engine = clusterfusion.load("demo")
-    assert engine.mode == "graph"
-    assert "'model' is not part" in engine.mode_reason
+    assert (engine.mode, engine.mode_reason) == ("model", "the fastest mode")
     assert clusterfusion.load("demo", dtype="float32").mode == "reference"
     with pytest.raises(ArgumentError, match="16-bit weights"):
         clusterfusion.load("demo", dtype="float32", mode="fused")

@@ -1,8 +1,8 @@
 """Decode steps through the fused decoder layer: the modes split, fused and graph.
 
-The layers run as kernels, the residual stream float32 between them; embedding, final norm and LM head are PyTorch
-operations. In graph mode all of it is captured once, at the first step, and replayed for every position: token and
-position are read from device memory.
+The layers, and final norm and LM head after them, run as kernels, the residual stream float32 between them; the embedding
+is a PyTorch operation. In graph mode all of it is captured once, at the first step, and replayed for every position: token
+and position are read from device memory.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clusterfusion import reference
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.jit.lm_head import HeadArguments, prepare_head
 from clusterfusion.ops.layer_launch import (
     CAPTURE_LOCK,
+    ELEMENT_TYPES,
     ErrorRecord,
     LayerBuffers,
     LayerScratch,
     RotaryTables,
+    address,
     layer_arguments,
     plan_for,
     prepare_layer,
+    workspace,
 )
 from clusterfusion.weights import DecoderWeights, LayerWeights
 
@@ -32,7 +37,7 @@ class BlockDecoder:
     that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
 
     Device memory beside weights and cache: `plan.scratch_bytes`, two residual vectors, the rotary tables
-    [max_len, rotary_dim / 2], and in graph mode the logits.
+    [max_len, rotary_dim / 2], and the logits.
     """
 
     @torch.inference_mode(False)  # its buffers are written in place later, in whatever mode the caller is in then
@@ -42,17 +47,16 @@ class BlockDecoder:
         self._cache = cache
         self._mode = mode
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_logits: Tensor | None = None
         config, device = weights.config, weights.device
-        positions = torch.arange(cache.max_len, device=device)
-        cos, sin = reference.rotary_tables(config.rotary, positions, torch.float32)
-        self._tables = RotaryTables(cos, sin, row_stride=config.rotary.dim // 2)
+        self._tables = rotary_tables(config, cache.max_len, device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
         self._x = [torch.empty(config.hidden_size, dtype=torch.float32, device=device) for _ in range(2)]
         self._scratch = LayerScratch(self.plan, weights.dtype, device)
         self._error = ErrorRecord()
+        self._logits = torch.empty(config.vocab_size, dtype=torch.float32, device=device)
         self._launches = [launch for i, layer in enumerate(weights.layers) for launch in self._prepare(i, layer)]
+        self._launch_head = self._prepare_head()
 
     @torch.inference_mode(False)
     @torch.no_grad()  # inside: leaving inference mode turns gradients on
@@ -69,20 +73,18 @@ class BlockDecoder:
         self._token.fill_(token)
         self.set_position(position)
         if self._mode != "graph":
-            return self._run()
-        if self._graph is None:
+            self._run()
+        elif self._graph is None:
             with CAPTURE_LOCK:
-                return self._capture()
-        self._graph.replay()
-        assert self._graph_logits is not None
-        return self._graph_logits.clone()
+                self._capture()
+        else:
+            self._graph.replay()
+        return self._logits.clone()
 
-    def _run(self) -> Tensor:
-        weights, config = self._weights, self._weights.config
-        self._x[0].copy_(F.embedding(self._token, weights.embedding)[0])
-        x = self.run_layers()
-        x = reference.norm(config, x, weights.final_norm_weight, weights.final_norm_bias)
-        return reference.linear(x, weights.lm_head, None, weights.dtype)
+    def _run(self) -> None:
+        self._x[0].copy_(F.embedding(self._token, self._weights.embedding)[0])
+        self.run_layers()
+        self._launch_head()
 
     @property
     def residual(self) -> Tensor:
@@ -99,18 +101,17 @@ class BlockDecoder:
             launch()
         return self._x[self._weights.config.num_layers % 2]
 
-    def _capture(self) -> Tensor:
+    def _capture(self) -> None:
         """The first step in graph mode: run once, which also sets up libraries, then capture for the later ones."""
         device = self._weights.device
-        logits = self._run()
+        self._run()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._graph_logits = self._run()
+            self._run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = graph
-        return logits
 
     def _prepare(self, index: int, layer: LayerWeights) -> list[Callable[[], None]]:
         weights = self._weights
@@ -132,6 +133,25 @@ class BlockDecoder:
             follows_layer=index > 0,
         )
 
+    def _prepare_head(self) -> Callable[[], None]:
+        weights = self._weights
+        arguments = HeadArguments(
+            workspace=workspace(self.plan, self._tables, self._scratch, self._error),
+            norm_weight=address("final_norm_weight", weights.final_norm_weight),
+            norm_bias=address("final_norm_bias", weights.final_norm_bias),
+            lm_head=address("lm_head", weights.lm_head),
+            x=self._x[weights.config.num_layers % 2].data_ptr(),
+            logits=self._logits.data_ptr(),
+            vocabulary=weights.config.vocab_size,
+        )
+        return prepare_head(self.plan, ELEMENT_TYPES[weights.dtype], arguments, weights.device.index)
+
     def check_error(self) -> None:
         """Raise DeviceError if a step that has ended on the GPU gave up waiting. Costs nothing but a look."""
         self._error.check("Make a new session")
+
+
+def rotary_tables(config: DecoderConfig, max_len: int, device: torch.device) -> RotaryTables:
+    """The tables of all positions, [max_len, rotary_dim / 2]."""
+    cos, sin = reference.rotary_tables(config.rotary, torch.arange(max_len, device=device), torch.float32)
+    return RotaryTables(cos, sin, row_stride=config.rotary.dim // 2)

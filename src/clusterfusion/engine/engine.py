@@ -291,7 +291,7 @@ class TextStream:
         with self._engine._borrow_session() as session:
             logits = session.prefill(self._prompt_ids)
             while True:
-                token = sampler.choose(logits)
+                token = sampler.choose(logits, session.position)
                 session.check()  # choosing has waited for the step, so a failed one is seen before its token is used
                 self._last_token_s = time.perf_counter() - start
                 if not self._token_ids:

@@ -29,7 +29,7 @@ MODES: dict[str, Mode] = {
         Mode("split", "regular launches, no grid barrier", _KERNELS, available=True),
         Mode("fused", "one cooperative launch with clusters a layer", _KERNELS, available=True),
         Mode("graph", "the fused layers in a CUDA graph", _KERNELS, available=True),
-        Mode("model", "one cooperative launch for the whole step", _KERNELS, available=False),
+        Mode("model", "one cooperative launch for the whole step", _KERNELS, available=True),
     )
 }
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")

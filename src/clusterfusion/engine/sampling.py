@@ -1,15 +1,21 @@
-"""From logits to the next token: greedy, temperature, top-k, nucleus, repetition penalty."""
+"""From logits to the next token: greedy, temperature, top-k, nucleus, repetition penalty.
+
+Sampling adds Gumbel noise to the scores and takes the highest (engine/gumbel.py): a choice is a function of logits, seed and
+position, so a GPU can make the same one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from clusterfusion.engine.arguments import as_float, as_int
+from clusterfusion.engine.gumbel import gumbel_noise
 from clusterfusion.errors import ArgumentError, DeviceError
 
 
@@ -31,6 +37,13 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    @property
+    def on_device(self) -> bool:
+        """Whether logits, seed and position alone decide the token, by nothing but temperature: what a GPU can do by
+        itself. Greedy choice needs no filter: the likeliest token passes them all."""
+        unfiltered = self.top_k is None and self.top_p == 1
+        return self.repetition_penalty == 1 and (self.temperature == 0 or unfiltered)
+
     def __post_init__(self) -> None:
         temperature = as_float("temperature", self.temperature, "a number >= 0")
         top_p = as_float("top_p", self.top_p, "a number in (0, 1]")
@@ -48,24 +61,22 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Chooses tokens one after another; holds the random state and the tokens that the repetition penalty counts."""
+    """Chooses tokens; holds the seed and the tokens that the repetition penalty counts."""
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
         self.options = options
+        self.seed = (
+            secrets.randbits(63) if options.seed is None else options.seed
+        )  # the one in use, known to the caller
         self._seen = set(prompt)
-        # On the CPU whatever the logits' device, so that a seed gives the same tokens everywhere.
-        self._generator = torch.Generator(device="cpu")
-        if options.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(options.seed)
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token after `logits` [vocab]. Ties go to the lowest id when greedy.
+    def choose(self, logits: Tensor, position: int) -> int:
+        """The token at `position` (the number of tokens before it, below 2^32), given its `logits` [vocab]. Ties go to
+        the lowest id when greedy.
 
         Raises DeviceError when the logits are not numbers, as happens when a 16-bit model overflows.
         """
-        token = self._choose(logits)
+        token = self._choose(logits, position)
         if not math.isfinite(logits[token]):
             raise DeviceError(
                 "the model's logits are not finite: its activations overflow the dtype; load it with dtype='bfloat16' "
@@ -74,18 +85,19 @@ class Sampler:
         self._seen.add(token)
         return token
 
-    def _choose(self, logits: Tensor) -> int:
+    def _choose(self, logits: Tensor, position: int) -> int:
         options = self.options
         if options.repetition_penalty != 1:
             logits = penalise(logits, self._seen, options.repetition_penalty)
         if options.temperature == 0:
-            return int(logits.argmax())
+            return int(logits.argmax())  # the first of equals, as torch says for every device
         scores = logits.detach().to("cpu", torch.float64)
         if not torch.isfinite(scores.max()):
             return int(logits.argmax())  # not finite: choose() says so
         scores = ((scores - scores.max()) / options.temperature).clamp_min(-1e4).to(torch.float32)
-        probabilities = torch.softmax(filter_scores(scores, options.top_k, options.top_p), dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        scores = filter_scores(scores, options.top_k, options.top_p)
+        noise = torch.from_numpy(gumbel_noise(self.seed, position, len(scores)))
+        return int((scores + noise).argmax())
 
 
 def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:

@@ -16,6 +16,7 @@ from clusterfusion.weights import DecoderWeights
 
 if TYPE_CHECKING:
     from clusterfusion.engine.block_decoder import BlockDecoder
+    from clusterfusion.engine.step_decoder import StepDecoder
 
 
 class Session:
@@ -27,7 +28,7 @@ class Session:
     def __init__(self, weights: DecoderWeights, max_seq_len: int, mode: str = "reference") -> None:
         self._weights = weights
         self._mode = mode
-        self._decoder: BlockDecoder | None = None  # made at the first step, over this session's cache
+        self._decoder: BlockDecoder | StepDecoder | None = None  # made at the first step, over this session's cache
         self._cache = reference.KVCache.allocate(weights.config, max_seq_len, weights.dtype, weights.device)
         self._position = 0
 
@@ -89,15 +90,23 @@ class Session:
                 "(rewind, reset, or load with a larger max_seq_len if the model allows it)"
             )
         if len(ids) == 1 and self._mode != "reference":
-            if self._decoder is None:
-                from clusterfusion.engine.block_decoder import BlockDecoder
-
-                self._decoder = BlockDecoder(self._weights, self._cache, self._mode)
-            logits = self._decoder.step(int(ids), self._position)
+            logits = self._own_decoder().step(int(ids), self._position)
         else:
             logits = reference.forward(self._weights, ids.to(self._weights.device), self._cache, self._position)
         self._position = end
         return logits
+
+    def _own_decoder(self) -> BlockDecoder | StepDecoder:
+        if self._decoder is None:
+            if self._mode == "model":
+                from clusterfusion.engine.step_decoder import StepDecoder
+
+                self._decoder = StepDecoder(self._weights, self._cache)
+            else:
+                from clusterfusion.engine.block_decoder import BlockDecoder
+
+                self._decoder = BlockDecoder(self._weights, self._cache, self._mode)
+        return self._decoder
 
 
 def check_token_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:

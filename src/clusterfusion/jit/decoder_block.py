@@ -23,37 +23,63 @@ _CPP_TYPES: dict[str, str] = {"float16": "__half", "bfloat16": "__nv_bfloat16", 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
-class LayerArguments(ctypes.Structure):
-    """The kernel's struct of the same name, field for field. Addresses are device addresses; None is null."""
+class LayerTensors(ctypes.Structure):
+    """One layer's weights, as addresses on the device; None is null."""
+
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in (
+            *("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
+            *("qkv_weight", "qkv_bias", "o_weight", "o_bias", "up_weight", "up_bias", "down_weight", "down_bias"),
+        )
+    )
+
+
+class LayerCache(ctypes.Structure):
+    """Where one layer's keys and values lie. Strides in elements."""
 
     _fields_ = (
-        ("k_map", TensorMap),
-        ("v_map", TensorMap),
-        *((name, _POINTER) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")),
-        *((name, _POINTER) for name in ("qkv_weight", "qkv_bias", "o_weight", "o_bias")),
-        *((name, _POINTER) for name in ("up_weight", "up_bias", "down_weight", "down_bias")),
         ("k_cache", _POINTER),
         ("v_cache", _POINTER),
+        ("k_new", _POINTER),
+        ("v_new", _POINTER),
         ("head_stride", _INT64),
         ("token_stride", _INT64),
+        ("first_head", ctypes.c_int32),
+        ("max_len", ctypes.c_int32),
+    )
+
+
+class Workspace(ctypes.Structure):
+    """What launches over any layer of a model share."""
+
+    _fields_ = (
         ("cos", _POINTER),
         ("sin", _POINTER),
         ("table_stride", _INT64),
-        ("position", _POINTER),
-        ("x", _POINTER),
-        ("out", _POINTER),
-        ("k_new", _POINTER),
-        ("v_new", _POINTER),
         ("qkv", _POINTER),
         ("partials", _POINTER),
-        ("middle", _POINTER),
         ("h", _POINTER),
         ("counters", _POINTER),
         ("error", _POINTER),
         ("eps", ctypes.c_float),
-        ("max_len", ctypes.c_int32),
         ("second_angles", ctypes.c_int32),
-        ("_padding", ctypes.c_byte * 4),  # to a multiple of a tensor map's alignment
+    )
+
+
+class LayerArguments(ctypes.Structure):
+    """The kernel's struct of the same name, field for field, as are the ones above. Addresses are device addresses."""
+
+    _fields_ = (
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
+        ("layer", LayerTensors),
+        ("cache", LayerCache),
+        ("workspace", Workspace),
+        ("position", _POINTER),
+        ("x", _POINTER),
+        ("out", _POINTER),
+        ("middle", _POINTER),
     )
 
 
@@ -64,6 +90,11 @@ def block_source(plan: BlockPlan, weight_type: ElementType, x_type: ElementType)
 
 def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, segment: Segment) -> str:
     """The C++ name expression of one segment's kernel."""
+    return f"clusterfusion::decoder_block<{block_shape(plan, weight_type, x_type)}, clusterfusion::Segment::{segment}>"
+
+
+def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) -> str:
+    """The C++ type that carries a plan."""
     c = plan.config
     gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
     partition = (plan.ctas, plan.cluster_size, plan.splits)
@@ -78,7 +109,18 @@ def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, seg
             *map(str, partition + ring),
         )
     )
-    return f"clusterfusion::decoder_block<clusterfusion::BlockShape<{shape}>, clusterfusion::Segment::{segment}>"
+    return f"clusterfusion::BlockShape<{shape}>"
+
+
+def launch_shape(plan: BlockPlan, *, cooperative: bool) -> LaunchShape:
+    """The grid of every program over a BlockPlan."""
+    return LaunchShape(
+        clusters=plan.ctas // plan.cluster_size,
+        threads=plan.threads,
+        cluster_size=plan.cluster_size,
+        dynamic_shared_bytes=plan.shared_bytes,
+        cooperative=cooperative,
+    )
 
 
 def prepare(
@@ -99,13 +141,7 @@ def prepare(
     kernel = load_kernel(
         block_source(plan, weight_type, x_type), instance(plan, weight_type, x_type, segment), device_index
     )
-    shape = LaunchShape(
-        clusters=plan.ctas // plan.cluster_size,
-        threads=plan.threads,
-        cluster_size=plan.cluster_size,
-        dynamic_shared_bytes=plan.shared_bytes,
-        cooperative=segment == "whole",
-    )
+    shape = launch_shape(plan, cooperative=segment == "whole")
     return kernel.prepare(shape, arguments, overlaps_previous=overlaps_previous)
 
 

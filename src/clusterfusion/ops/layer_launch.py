@@ -12,7 +12,16 @@ from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import DeviceError, UnsupportedModelError
-from clusterfusion.jit.decoder_block import ERROR_WORDS, ElementType, LayerArguments, cache_map, prepare
+from clusterfusion.jit.decoder_block import (
+    ERROR_WORDS,
+    ElementType,
+    LayerArguments,
+    LayerCache,
+    LayerTensors,
+    Workspace,
+    cache_map,
+    prepare,
+)
 from clusterfusion.jit.device import architecture_of, device_limits
 from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
 from clusterfusion.plan.block import COUNTER_WORDS, PARTIAL_PADDING, Segment
@@ -24,7 +33,10 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
 }
-_DEPENDENCIES = ("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster")
+_DEPENDENCIES = (
+    *("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster"),
+    "rows of the residual vector",
+)
 _BAD_POSITION = len(_DEPENDENCIES) + 1
 _CLAIM = 4  # the word of an error record that whoever writes it has set first
 
@@ -71,7 +83,7 @@ class ErrorRecord:
             )
         if which:
             raise DeviceError(
-                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]}: CTA {cta} saw {seen} arrivals of "
+                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]}: CTA {cta} saw {seen} and needed "
                 f"{expected}; results since then are wrong. {way_out}"
             )
 
@@ -136,6 +148,19 @@ def layer_arguments(
     return LayerArguments(
         k_map=cache_map(plan, dtype, k),
         v_map=cache_map(plan, dtype, v),
+        layer=layer_tensors(weights),
+        cache=layer_cache(k, v, buffers.k_new, buffers.v_new),
+        workspace=workspace(plan, buffers.tables, scratch, error),
+        position=buffers.position.data_ptr(),
+        x=buffers.x.data_ptr(),
+        out=buffers.out.data_ptr(),
+        middle=scratch.tensors["middle"].data_ptr(),
+    )
+
+
+def layer_tensors(weights: LayerWeights) -> LayerTensors:
+    """The addresses of a layer's weights. Raises UnsupportedModelError for one that cannot be read where it lies."""
+    return LayerTensors(
         norm1_weight=address("input_norm_weight", weights.input_norm_weight),
         norm1_bias=address("input_norm_bias", weights.input_norm_bias),
         norm2_weight=address("post_norm_weight", weights.post_norm_weight),
@@ -148,23 +173,31 @@ def layer_arguments(
         up_bias=address("up_bias", weights.up_bias),
         down_weight=address("down_weight", weights.down_weight),
         down_bias=address("down_bias", weights.down_bias),
+    )
+
+
+def layer_cache(k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None) -> LayerCache:
+    """Where a layer's keys and values [heads, max_len, head_dim] lie; both of the same strides."""
+    return LayerCache(
         k_cache=k.data_ptr(),
         v_cache=v.data_ptr(),
+        k_new=None if k_new is None else k_new.data_ptr(),
+        v_new=None if v_new is None else v_new.data_ptr(),
         head_stride=k.stride(0),
         token_stride=k.stride(1),
-        cos=buffers.tables.cos.data_ptr(),
-        sin=buffers.tables.sin.data_ptr(),
-        table_stride=buffers.tables.row_stride,
-        second_angles=buffers.tables.second_angles,
-        position=buffers.position.data_ptr(),
-        x=buffers.x.data_ptr(),
-        out=buffers.out.data_ptr(),
-        k_new=None if buffers.k_new is None else buffers.k_new.data_ptr(),
-        v_new=None if buffers.v_new is None else buffers.v_new.data_ptr(),
+        max_len=k.shape[1],
+    )
+
+
+def workspace(plan: BlockPlan, tables: RotaryTables, scratch: LayerScratch, error: ErrorRecord) -> Workspace:
+    return Workspace(
+        cos=tables.cos.data_ptr(),
+        sin=tables.sin.data_ptr(),
+        table_stride=tables.row_stride,
+        second_angles=tables.second_angles,
         error=error.address,
         eps=plan.config.norm_eps,
-        max_len=k.shape[1],
-        **{name: tensor.data_ptr() for name, tensor in scratch.tensors.items()},
+        **{name: scratch.tensors[name].data_ptr() for name in ("qkv", "partials", "h", "counters")},
     )
 
 

@@ -165,7 +165,9 @@ def _fixed_shared_bytes(config: DecoderConfig, ctas: int, stage_bytes: int, warp
     out_rows = -(-c.hidden_size // ctas) + 1
     down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
     attention = 3 * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
-    return vectors + attention + 4 * out_rows * (1 + down_parts) + 512
+    bias_rows = sum(-(-rows // ctas) + 1 for rows in (3 * c.hidden_size, c.intermediate_size)) + 2 * out_rows
+    # o and down sums, biases, and the CTA's rows of the residual; a candidate a warp.
+    return vectors + attention + 4 * (out_rows * (2 + down_parts) + bias_rows) + 16 * warps + 512
 
 
 def _tile_bytes(config: DecoderConfig, tokens: int) -> int:

@@ -83,7 +83,7 @@ class _Replayer:
 
     def _run_and_capture(self, addresses: tuple[int, ...], vectors: dict[str, Tensor]) -> None:
         for name, address in zip(vectors, addresses, strict=True):
-            setattr(self._arguments, name, address)
+            setattr(self._arguments.layer, name, address)
         self._launch()
         with CAPTURE_LOCK:
             if len(self._graphs) == GRAPHS_KEPT:

@@ -10,31 +10,52 @@
 
 namespace clusterfusion {
 
-// Segments: what one launch runs. `whole` is all of them with grid dependencies in between; each other one is a launch of
-// its own, and the end of a launch is the dependency.
+// Segments: what one launch runs of a layer. `whole` is all of them with grid dependencies in between; each other one is a
+// launch of its own, and the end of a launch is the dependency.
 enum class Segment { whole, project, attend, output, expand, contract };
+template <Segment kSegment>
+__host__ __device__ constexpr bool runs(Segment segment) {
+  return kSegment == Segment::whole || kSegment == segment;
+}
 enum class Gelu { erf, tanh };
 
-// Everything about a layer that lies in memory. Strides in elements. Null biases are absent.
-struct LayerArguments {
-  TensorMap k_map, v_map;                                       // of the caches, as [heads, max_len, head_dim]
+// One layer's weights. Null biases are absent.
+struct LayerTensors {
   const void *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
   const void *qkv_weight, *qkv_bias, *o_weight, *o_bias, *up_weight, *up_bias, *down_weight, *down_bias;
-  void *k_cache, *v_cache;                                      // head h, token t at h * head_stride + t * token_stride
+};
+
+// One layer's cache. Strides in elements: head h, token t at h * head_stride + t * token_stride.
+struct LayerCache {
+  void *k, *v;
+  void *k_new, *v_new;                   // the current token's, [heads, head_dim], or null
   cuda::std::int64_t head_stride, token_stride;
-  const float *cos, *sin;                                       // a row a position, an angle a pair of dimensions
-  cuda::std::int64_t table_stride;                              // 0: one row, for the current position
-  const int* position;                                          // cached tokens before this one
-  const void* x;                                                // [hidden]
-  void* out;                                                    // [hidden]
-  void *k_new, *v_new;                                          // [heads, head_dim] or null
-  float *qkv, *partials, *middle;                               // scratch: [3 * hidden], [heads, partials], [hidden]
-  void* h;                                                      // scratch: [intermediate]
-  unsigned* counters;                                           // kCounters, kCounterStride apart; zero before first use
-  unsigned* error;                                              // kErrorWords
+  int first_head;                        // where this layer's heads start in the tensor maps
+  int max_len;                           // tokens there is room for
+};
+
+// What launches over any layer of a model share: rotary tables, scratch memory, where to wait and to complain.
+struct Workspace {
+  const float *cos, *sin;                // a row a position, an angle a pair of dimensions
+  cuda::std::int64_t table_stride;       // 0: one row, for the current position
+  float *qkv, *partials;                 // [3 * hidden], [heads, partials]
+  void* h;                               // [intermediate]
+  unsigned* counters;                    // kCounters, kCounterStride apart; zero before first use
+  unsigned* error;                       // kErrorWords
   float eps;
-  int max_len;                                                  // tokens the caches have room for
-  int second_angles;                                            // where a row's angles for the pairs' second halves start
+  int second_angles;                     // where a row's angles for the pairs' second halves start
+};
+
+// A launch over one layer.
+struct LayerArguments {
+  TensorMap k_map, v_map;                // of the caches, as [heads, max_len, head_dim]
+  LayerTensors layer;
+  LayerCache cache;
+  Workspace workspace;
+  const int* position;                   // cached tokens before this one
+  const void* x;                         // [hidden]
+  void* out;                             // [hidden]
+  float* middle;                         // scratch: [hidden]
 };
 static_assert(sizeof(LayerArguments) == 512, "jit/decoder_block.py lays out the same struct");
 
@@ -42,8 +63,9 @@ constexpr int kCounterStride = 32;  // a cache line each
 enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
-constexpr unsigned kClusterDependency = kMiddleDone + 1;  // a peer in the cluster, beside the counters
-constexpr unsigned kBadPosition = kClusterDependency + 1;  // no dependency: the position is not in the cache
+constexpr unsigned kClusterDependency = kMiddleDone + 1;   // a peer in the cluster, beside the counters
+constexpr unsigned kResidualDependency = kClusterDependency + 1;  // rows of the residual stream, in the whole step
+constexpr unsigned kBadPosition = kResidualDependency + 1;  // no dependency: the position is not in the cache
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
@@ -85,29 +107,24 @@ __device__ __forceinline__ float load_or_zero(const void* vector, int index) {
 }
 
 // A CTA's share of the work, as the producer and the consumers both see it.
-template <typename S, Segment kSegment_>
-class BlockShare {
+template <typename S>
+class CtaShare {
  public:
   using W = typename S::W;
-  static constexpr Segment kSegment = kSegment_;
-  static constexpr bool kWhole = kSegment == Segment::whole;
-  static __host__ __device__ constexpr bool runs(Segment segment) { return kWhole || kSegment == segment; }
   using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;
   using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kStageBytes>;
   using RingType = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
+  // The most rows that a CTA can have of a matrix.
+  static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
 
-  __device__ BlockShare(const LayerArguments& arguments)
-      : a_(arguments), cta_(blockIdx.x), position_(*arguments.position) {}
-
-  __device__ bool position_is_cached() const { return position_ >= 0 && position_ < a_.max_len; }
+  __device__ explicit CtaShare(int position) : cta_(blockIdx.x), position_(position) {}
 
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
   // Half of the up projection waits behind attention, to cover the dependency on q, k and v.
-  __device__ int up_before(int rows) const {
-    if (!kWhole || !S::kParallel) return rows;
+  static __device__ int up_before(int rows) {
     const int half = rows / 2;
     return HiddenTiles::kParts > 1 ? half : half / HiddenTiles::kRows * HiddenTiles::kRows;
   }
@@ -120,7 +137,6 @@ class BlockShare {
   }
   __device__ int tile_tokens(int tile) const { return min(Cached::kTokens, position_ - (split() + tile * S::kSplits) * Cached::kTokens); }
 
-  const LayerArguments& a_;
   const int cta_, position_;
 };
 

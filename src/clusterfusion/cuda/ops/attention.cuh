@@ -85,8 +85,9 @@ class AttentionWarp {
     }
 #pragma unroll
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-    const float maximum = fmaxf(maximum_, highest);  // finite: a tile has a token
-    const float keep = exp2f(maximum_ - maximum);
+    const float maximum = fmaxf(maximum_, highest);
+    const float base = maximum == -kInfinity ? 0.0f : maximum;  // a key that overflowed can put all scores at -infinity
+    const float keep = exp2f(maximum_ - base);
     maximum_ = maximum;
     sum_ *= keep;
 #pragma unroll
@@ -95,7 +96,7 @@ class AttentionWarp {
     for (int pass = 0; pass < Tiles::kPasses; pass++) {
       const int token = pass * Tiles::kTogether + at_.token;
       if (at_.active && token < tokens) {
-        const float p = exp2f(score[pass] - maximum);
+        const float p = exp2f(score[pass] - base);
         float v[kVector];
         unpack8<W>(values[token * Tiles::kLanes + at_.chunk], v);
         sum_ += p;

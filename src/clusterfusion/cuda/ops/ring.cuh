@@ -66,8 +66,8 @@ class RingProducer {
   unsigned parity_ = 0, landing_parity_ = 0;
 };
 
-// A warp's side. Every warp walks the same phases; in each it visits its own tiles.
-template <typename Ring>
+// A warp's side. Every warp walks the same phases; in each it visits its own tiles. kTimed: counts the clocks of its waits.
+template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp, int lane)
@@ -79,7 +79,9 @@ class RingConsumer {
     const int first = first_;
     first_ += count;
     for (; next_ < first + count; next_ += Ring::kWarps) {
+      const long long start = kTimed ? clock64() : 0;
       mbarrier_wait_local(&barriers_.full[stage_], parity_);
+      if constexpr (kTimed) waited_ += clock64() - start;
       visit(next_ - first, stages_ + stage_ * Ring::kStageBytes);
       __syncwarp();
       if (lane_ == 0) mbarrier_arrive_local(&barriers_.empty[stage_]);
@@ -88,11 +90,19 @@ class RingConsumer {
     }
   }
 
+  // Clocks of this warp's waits for data since the last call, with kTimed.
+  __device__ long long take_waited() {
+    const long long waited = waited_;
+    waited_ = 0;
+    return waited;
+  }
+
  private:
   const char* stages_;
   typename Ring::Barriers& barriers_;
   int lane_, stage_, next_, first_ = 0;
   unsigned parity_ = 0;
+  long long waited_ = 0;
 };
 
 }  // namespace clusterfusion

@@ -6,32 +6,68 @@
 
 namespace clusterfusion {
 
+// Instead of a layer, in all CTAs alike, when the position is not in the cache: nothing is touched but the results.
+template <typename S, Segment kSegment>
+__device__ void refuse(CtaState<S>& cta, const LayerArguments& arguments, int position) {
+  using W = typename S::W;
+  using X = typename S::X;
+  if (blockIdx.x == 0 && threadIdx.x == 0) cta.record_error(kBadPosition, arguments.cache.max_len, position);
+  constexpr float kNaN = cuda::std::numeric_limits<float>::quiet_NaN();
+  constexpr bool kWritesOut = S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract);
+  const int last = first_row<S::kCtas>(S::kHidden, blockIdx.x + 1);
+  for (int i = first_row<S::kCtas>(S::kHidden, blockIdx.x) + threadIdx.x; i < last; i += S::kThreads) {
+    if constexpr (kWritesOut) static_cast<X*>(arguments.out)[i] = from_float<X>(kNaN);
+    if (runs<kSegment>(Segment::attend) && arguments.cache.k_new != nullptr) {
+      static_cast<W*>(arguments.cache.k_new)[i] = from_float<W>(kNaN);
+      static_cast<W*>(arguments.cache.v_new)[i] = from_float<W>(kNaN);
+    }
+  }
+}
+
 // Grid: S::kCtas CTAs in clusters of S::kCluster; S::kWarps consumer warps and one producer warp. Segment::whole needs all
 // CTAs resident together. Dynamic shared memory: S::kSharedBytes.
 template <typename S, Segment kSegment>
 __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(const __grid_constant__ LayerArguments arguments) {
   extern __shared__ __align__(128) char memory[];
-  using Consumer = BlockConsumer<S, kSegment>;
+  using Consumer = LayerConsumer<S>;
+  constexpr bool kWhole = kSegment == Segment::whole;
   static_assert(sizeof(typename Consumer::Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
   auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
-  if (threadIdx.x == 0) Consumer::init(shared);
+  if (threadIdx.x == 0) {
+    Consumer::init(shared);
+    shared.position = *arguments.position;
+  }
   __syncthreads();
   if constexpr (S::kCluster > 1) {  // init has fenced the mbarriers for the peers; nothing else is theirs to see
     cluster_arrive_relaxed();
     cluster_wait();
   }
-  const bool in_cache = BlockShare<S, kSegment>(arguments).position_is_cached();
+  const int position = shared.position;
+  const bool in_cache = position >= 0 && position < arguments.cache.max_len;
   if (threadIdx.x >= S::kThreads) {
     // Reads weights and older tokens only: it need not wait for the launch before this one.
-    if (in_cache && threadIdx.x == S::kThreads) BlockProducer<S, kSegment>(arguments).run(shared.stages, shared.ring);
+    if (in_cache && threadIdx.x == S::kThreads) {
+      LayerProducer<S>(position, shared.stages, shared.ring)
+          .template run<kSegment>(arguments.layer, arguments.k_map, arguments.v_map, arguments.cache.first_head, [] {});
+    }
   } else {
     wait_for_previous_launch();
     let_next_launch_start();
-    Consumer consumer(arguments, shared);
+    NoTrace trace;
+    Consumer consumer(arguments.workspace, position, shared, trace);
     if (in_cache) {
-      consumer.run();
+      // Where the counters will be once all have arrived in this launch. Read before this CTA arrives anywhere, and nobody
+      // arrives at these two before all CTAs have arrived for q, k and v.
+      LayerTargets targets{};
+      if constexpr (kWhole) {
+        targets.all_ctas = __ldcg(consumer.counter(kLaunchDone)) + S::kCtas;
+        targets.all_heads = __ldcg(consumer.counter(kAttentionDone)) + S::kHeads * S::kPartials;
+      }
+      LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);
+      consumer.template run<kSegment>(arguments.layer, arguments.cache, residual, targets);
+      if (kWhole && threadIdx.x == 0) grid_count(consumer.counter(kLaunchDone));
     } else {
-      consumer.refuse();
+      refuse<S, kSegment>(consumer, arguments, position);
     }
     // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
     // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.

@@ -1,0 +1,165 @@
+"""Times whole-step plans on one GPU, in turn, beside the read ceiling of the same run: a laboratory tool.
+
+    PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
+
+A VARIANT is ctas=C,warps=W,rows=R,stages=S,window=N; what is left out is as the plan has it. `rows` of hidden_size make a
+stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
+the time of a layer goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import statistics
+import time
+
+import torch
+
+from clusterfusion import reference
+from clusterfusion.bench.read_ceiling import ReadCeiling
+from clusterfusion.engine.step_decoder import StepDecoder
+from clusterfusion.jit.cache import default_cache
+from clusterfusion.jit.decode_step import TRACE_CLOCKS, step_source
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.ops.layer_launch import plan_for
+from clusterfusion.plan import BlockPlan, block
+from clusterfusion.random_weights import random_weights, uniform
+
+EVENTS = (
+    "begin residual_read normed qkv_done attention_wait attention_begin attention_done up_done output_wait output_begin "
+    "output_done down_wait down_begin down_done end data_waited"
+).split()
+
+
+def variant(plan: BlockPlan, text: str) -> BlockPlan:
+    knobs = {name: int(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    c = plan.config
+    ctas = knobs.get("ctas", plan.ctas)
+    stage = knobs["rows"] * c.hidden_size * 2 if "rows" in knobs else plan.stage_bytes
+    stage = -(-stage // 128) * 128
+    warps = knobs.get("warps", plan.warps)
+    together = 32 // (c.head_dim // 8)
+    tokens = together
+    while tokens + together <= min(256, 16 * together) and block._tile_bytes(c, tokens + together) <= stage:
+        tokens += together
+    fixed = block._fixed_shared_bytes(c, ctas, stage, warps)
+    most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES) // warps * warps
+    stages = min(knobs.get("stages", most), most, 64)
+    splits = ctas // c.num_heads
+    splits = splits // 2 * 2 if splits > 1 else splits
+    window = knobs.get("window", max(1, block.WINDOW_BYTES // stage))
+    made = dataclasses.replace(
+        plan, ctas=ctas, splits=splits, warps=warps, stages=stages, stage_bytes=stage, window_stages=min(window, stages),
+        tile_tokens=tokens, shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
+    )  # fmt: skip
+    block.check_plan(made)
+    return made
+
+
+def compile_one(job: tuple[BlockPlan, bool]) -> None:
+    plan, trace = job
+    default_cache().get(step_source(plan, "float16", trace=trace), "sm_90a")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape")
+    parser.add_argument("--context", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("variants", nargs="*", default=[""])
+    arguments = parser.parse_intermixed_args()
+    device = torch.device("cuda", 0)
+    config = named_shape(arguments.shape)
+    base = plan_for(config, 0)
+    plans = {text or "plan": variant(base, text) if text else base for text in ["", *arguments.variants]}
+    jobs = [(plan, False) for plan in plans.values()] + [(base, True)] * arguments.trace
+    began = time.time()
+    with concurrent.futures.ProcessPoolExecutor(12) as pool:
+        list(pool.map(compile_one, jobs))
+    print(f"compiled {len(jobs)} in {time.time() - began:.0f} s", flush=True)
+    weights = random_weights(config, seed=0, dtype=torch.float16, device=device)
+    room = arguments.context + 200
+    shape = (config.num_layers, config.num_kv_heads, room, config.head_dim)
+    cache = reference.KVCache(*(uniform(shape, 0.0, 1.0, s, torch.float16, device) for s in (1, 2)))
+    ceiling = ReadCeiling(4 << 30, device)
+    decoders = {name: StepDecoder(weights, cache, plan=plan) for name, plan in plans.items()}
+
+    def event_ms(work: object) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ceiling.lead()
+        start.record()
+        work()  # type: ignore[operator]
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    times: dict[str, list[float]] = {name: [] for name in decoders}
+    walls: dict[str, list[float]] = {name: [] for name in decoders}
+    reads = []
+    tokens: dict[str, list[int]] = {}
+    for _ in range(arguments.rounds):
+        for launch in ceiling._launches.values():
+            reads.append(ceiling.num_bytes / event_ms(launch) / 1e9)
+        for name, decoder in decoders.items():
+
+            def run(name: str = name, decoder: StepDecoder = decoder) -> None:
+                tokens[name] = list(decoder.stream(7, arguments.context, arguments.steps))
+
+            times[name].append(event_ms(run) / arguments.steps)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            walls[name].append((time.perf_counter() - start) * 1e3 / arguments.steps)
+    best = max(reads)
+    top = statistics.median(sorted(reads)[len(reads) // 2 :])
+    step = config.step_parameters * 2 + (arguments.context + arguments.steps / 2) * config.kv_elements_per_token * 2
+    floor = step / top / 1e9
+    print(
+        f"{arguments.shape} context {arguments.context}: ceiling {top:.3f} (best {best:.3f}) TB/s, floor {floor:.4f} ms"
+    )
+    first = next(iter(decoders))
+    for name, plan in plans.items():
+        ms, wall = statistics.median(times[name]), statistics.median(walls[name])
+        same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
+        print(
+            f"  {name:36s} {plan.ctas} ctas {plan.warps} w {plan.stages:2d} x {plan.stage_bytes} win {plan.window_stages:2d}: "
+            f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}",
+            flush=True,
+        )
+    if arguments.trace:
+        show_trace(base, weights, cache, arguments.context)
+
+
+def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, context: int) -> None:
+    layers = plan.config.num_layers
+    size = plan.ctas * ((layers + 1) * len(EVENTS) + TRACE_CLOCKS)
+    trace = torch.zeros(size, dtype=torch.int64, device="cuda")
+    decoder = StepDecoder(weights, cache, plan=plan, trace=trace)  # type: ignore[arg-type]
+    for _ in range(5):
+        list(decoder.stream(7, context, 8))
+    torch.cuda.synchronize()
+    events = trace[: plan.ctas * (layers + 1) * len(EVENTS)].view(plan.ctas, layers + 1, len(EVENTS)).cpu()
+    clocks = trace[plan.ctas * (layers + 1) * len(EVENTS) :].view(plan.ctas, 4).cpu().double()
+    ghz = ((clocks[:, 2] - clocks[:, 0]) / (clocks[:, 3] - clocks[:, 1])).median().item()
+    print(f"  {ghz:.3f} GHz; step {(clocks[:, 2] - clocks[:, 0]).median().item() / ghz / 1e3:.1f} us")
+    middle = events[:, 4 : layers - 2].double() / ghz / 1e3
+    at = {name: middle[..., i] for i, name in enumerate(EVENTS)}
+    order = EVENTS[:-1]
+    for before, after in itertools.pairwise(order):
+        took = at[after] - at[before]
+        took = took[: plan.config.num_heads * plan.splits]
+        print(
+            f"    {before:>16s} -> {after:16s} mean {took.mean():7.2f} us  median {took.median():7.2f}  "
+            f"min {took.min():7.2f}  max {took.max():7.2f}"
+        )
+    total = (middle[:, 1:, 0] - middle[:, :-1, 0]).mean()
+    print(f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer")
+
+
+if __name__ == "__main__":
+    main()

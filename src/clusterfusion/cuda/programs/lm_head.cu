@@ -1,0 +1,50 @@
+// lm_head: the final norm and the rows of the LM head on a residual vector: the end of a step in split, fused and graph mode,
+// from the device functions of decode_step, so that all modes give the same bits. Host twin: jit/lm_head.py.
+#include "block/consumer.cuh"
+#include "block/producer.cuh"
+#include "primitives/launch_order.cuh"
+
+namespace clusterfusion {
+
+struct HeadArguments {
+  Workspace workspace;
+  const void *norm_weight, *norm_bias, *lm_head;
+  const float* x;  // [hidden]
+  float* logits;   // [vocabulary]
+  int vocabulary;
+};
+
+// The residual stream as one vector that is complete when the launch before this one has ended.
+template <typename S>
+struct FinalResidual {
+  const float* x;
+  template <int kItems>
+  __device__ void read_input(CtaState<S>&, float (&values)[kItems]) {
+    for_my_quads<S>(values, [&](int quad, float* to) { load_quad<float>(x, quad, to); });
+  }
+};
+
+// Grid: S::kCtas CTAs; S::kWarps consumer warps and one producer warp. Dynamic shared memory: S::kSharedBytes.
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) lm_head(const __grid_constant__ HeadArguments arguments) {
+  extern __shared__ __align__(128) char memory[];
+  using Consumer = LayerConsumer<S>;
+  auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
+  if (threadIdx.x == 0) Consumer::init(shared);
+  __syncthreads();
+  if (threadIdx.x >= S::kThreads) {
+    if (threadIdx.x == S::kThreads) {
+      LayerProducer<S>(0, shared.stages, shared.ring).vocabulary(arguments.lm_head, arguments.vocabulary);
+    }
+  } else {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    NoTrace trace;
+    Consumer consumer(arguments.workspace, 0, shared, trace);
+    FinalResidual<S> residual{arguments.x};
+    consumer.vocabulary(arguments.norm_weight, arguments.norm_bias, arguments.vocabulary, residual,
+                        [&](int index, float logit) { arguments.logits[index] = logit; });
+  }
+}
+
+}  // namespace clusterfusion

@@ -1,0 +1,41 @@
+// What a launch of the whole decode step is given.
+#pragma once
+
+#include "block/share.cuh"
+#include "step/choose.cuh"
+
+namespace clusterfusion {
+
+constexpr int kNoToken = -1;  // in place of a token: its logits are not finite
+
+// Device memory that lasts from step to step; zero before first use.
+struct StepState {
+  unsigned arrivals;  // of CTAs, at the end of a step
+  int token;          // that the last step chose
+};
+
+// Passed by value: a launch knows its position and, after a prompt, its token; nothing has to be fetched first.
+template <int kLayers>
+struct StepArguments {
+  TensorMap k_map, v_map;                              // of the whole caches, as [layers * heads, max_len, head_dim]
+  Workspace workspace;
+  LayerCache cache;                                    // of layer 0
+  cuda::std::int64_t layer_stride;                     // from layer to layer, in elements
+  const void *embedding, *norm_weight, *norm_bias, *lm_head;
+  unsigned long long* pairs;                           // [2, hidden] of ResidualStream
+  float* logits;                                       // [vocabulary]
+  StepState* state;
+  Candidate* candidates;                               // [CTAs]
+  int* chosen;                                         // where this step's choice goes as well: host memory
+  long long* trace;                                    // [CTAs, layers + 1, kTraceEvents], then kTraceClocks a CTA; or null
+  double temperature;                                  // 0: greedy
+  unsigned long long seed;
+  int vocabulary;
+  int position;                                        // cached tokens before this one
+  int token;                                           // kNoToken: the one that the last step chose
+  unsigned launch;                                     // number of the launch over this memory, from 0
+  LayerTensors layers[kLayers];
+};
+static_assert(sizeof(StepArguments<2>) == 768 && sizeof(Candidate) == 16 && sizeof(LayerTensors) == 96, "jit/decode_step.py lays out the same struct");
+
+}  // namespace clusterfusion

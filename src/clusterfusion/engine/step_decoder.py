@@ -1,0 +1,166 @@
+"""Decode steps in one launch each: the mode model.
+
+A launch takes its position, and the first one of a stream its token, by value; every later one finds the token that the one
+before it chose in device memory. So the host launches ahead and reads the choices back behind.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clusterfusion import reference
+from clusterfusion.engine.block_decoder import rotary_tables
+from clusterfusion.errors import DeviceError, UnsupportedModelError
+from clusterfusion.jit.decode_step import (
+    CANDIDATE_WORDS,
+    NO_FAULT,
+    NO_TOKEN,
+    STATE_WORDS,
+    prepare_step,
+    step_arguments_type,
+)
+from clusterfusion.jit.decoder_block import cache_map
+from clusterfusion.ops.layer_launch import (
+    ELEMENT_TYPES,
+    ErrorRecord,
+    LayerScratch,
+    address,
+    layer_cache,
+    layer_tensors,
+    plan_for,
+    require_streamable_cache,
+    workspace,
+)
+from clusterfusion.plan import BlockPlan
+from clusterfusion.weights import DecoderWeights
+
+AHEAD = 4  # launches that wait on the GPU while the host turns a token into text
+
+
+class StepDecoder:
+    """Runs steps over one K/V cache, which it shares with its session. Its buffers belong to it alone, and to the stream
+    that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
+
+    Device memory beside weights and cache: `plan.scratch_bytes`, the residual vector twice in pairs of value and epoch, the
+    rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 8.
+    """
+
+    @torch.inference_mode(False)  # its buffers are written in place later, in whatever mode the caller is in then
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        cache: reference.KVCache,
+        *,
+        plan: BlockPlan | None = None,
+        trace: Tensor | None = None,
+        fault_cta: int = NO_FAULT,
+    ) -> None:
+        """`trace`, of plan.trace's shape, int64 on the GPU, takes the events of the last launch; `fault_cta` is for tests."""
+        config, device = weights.config, weights.device
+        self.plan = plan or plan_for(config, device.index)
+        self._weights, self._cache, self._trace = weights, cache, trace
+        self._tables = rotary_tables(config, cache.max_len, device)
+        self._scratch = LayerScratch(self.plan, weights.dtype, device)
+        self._error = ErrorRecord()
+        self._pairs = torch.zeros(2, config.hidden_size, dtype=torch.int64, device=device)
+        self._state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+        self._candidates = torch.zeros(self.plan.ctas, CANDIDATE_WORDS, dtype=torch.int32, device=device)
+        self._logits = torch.empty(config.vocab_size, dtype=torch.float32, device=device)
+        self._chosen = torch.zeros(AHEAD, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._choices = self._chosen.numpy()
+        self._events = [torch.cuda.Event() for _ in range(AHEAD)]
+        self._arguments = self._make_arguments()
+        self._launch_step = prepare_step(
+            self.plan,
+            ELEMENT_TYPES[weights.dtype],
+            self._arguments,
+            device.index,
+            trace=trace is not None,
+            fault_cta=fault_cta,
+        )
+
+    def step(self, token: int, position: int) -> Tensor:
+        """Logits [vocab], float32, after `token` at `position`; its keys and values go into the cache.
+
+        Raises DeviceError when an earlier step of this decoder failed on the GPU.
+        """
+        self.check_error()
+        self._launch(token, position, slot=0)
+        with torch.cuda.device(self._weights.device), torch.inference_mode(False), torch.no_grad():
+            return self._logits.clone()
+
+    def stream(
+        self, token: int, position: int, steps: int, temperature: float = 0.0, seed: int = 0
+    ) -> Generator[int, None, None]:
+        """The tokens that follow `token`, which stands at `position`: `steps` of them, each chosen on the GPU.
+
+        Up to AHEAD launches run past the token that was asked for; what they leave in the cache, and at most there, is
+        void. Raises DeviceError for a step that failed, and for logits that are not finite.
+        """
+        flying: collections.deque[int] = collections.deque()
+        launched = 0
+        while True:
+            while launched < steps and len(flying) < AHEAD:
+                self.check_error()
+                slot = launched % AHEAD
+                first = launched == 0
+                self._launch(token if first else NO_TOKEN, position + launched, slot, temperature, seed)
+                self._events[slot].record(torch.cuda.current_stream(self._weights.device))
+                flying.append(slot)
+                launched += 1
+            if not flying:
+                return
+            slot = flying.popleft()
+            self._events[slot].synchronize()
+            self.check_error()
+            chosen = int(self._choices[slot])
+            if chosen == NO_TOKEN:
+                raise DeviceError(
+                    "the model's logits are not finite: its activations overflow the dtype; load it with dtype='bfloat16' "
+                    "or 'float32'"
+                )
+            yield chosen
+
+    def _launch(self, token: int, position: int, slot: int, temperature: float = 0.0, seed: int = 0) -> None:
+        a = self._arguments
+        a.token, a.position, a.temperature, a.seed = token, position, temperature, seed
+        a.chosen = self._chosen.data_ptr() + slot * self._chosen.element_size()
+        self._launch_step()
+        a.launch = (a.launch + 1) & 0xFFFFFFFF
+
+    def _make_arguments(self) -> Any:
+        weights, c = self._weights, self._weights.config
+        k, v = self._cache.k, self._cache.v
+        if not (k.is_contiguous() and v.is_contiguous()):
+            raise UnsupportedModelError(
+                f"a K/V cache of strides {k.stride()} cannot be streamed as one: it must be dense"
+            )
+        dtype = ELEMENT_TYPES[weights.dtype]
+        require_streamable_cache(k[0], v[0])
+        return step_arguments_type(c.num_layers)(
+            k_map=cache_map(self.plan, dtype, k.flatten(0, 1)),
+            v_map=cache_map(self.plan, dtype, v.flatten(0, 1)),
+            workspace=workspace(self.plan, self._tables, self._scratch, self._error),
+            cache=layer_cache(k[0], v[0]),
+            layer_stride=k.stride(0),
+            embedding=address("embedding", weights.embedding),
+            norm_weight=address("final_norm_weight", weights.final_norm_weight),
+            norm_bias=address("final_norm_bias", weights.final_norm_bias),
+            lm_head=address("lm_head", weights.lm_head),
+            pairs=self._pairs.data_ptr(),
+            logits=self._logits.data_ptr(),
+            state=self._state.data_ptr(),
+            candidates=self._candidates.data_ptr(),
+            trace=None if self._trace is None else self._trace.data_ptr(),
+            vocabulary=c.vocab_size,
+            layers=tuple(layer_tensors(layer) for layer in weights.layers),
+        )
+
+    def check_error(self) -> None:
+        """Raise DeviceError if a step that has ended on the GPU gave up waiting. Costs nothing but a look."""
+        self._error.check("Make a new session")

@@ -1,0 +1,78 @@
+"""Host twin of `cuda/programs/decode_step.cu`: the instance a plan needs, its arguments, and its prepared launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from clusterfusion.jit.compiler import KernelSource
+from clusterfusion.jit.decoder_block import ElementType, LayerCache, LayerTensors, Workspace, block_shape, launch_shape
+from clusterfusion.jit.launch import load_kernel
+from clusterfusion.jit.tensor_map import TensorMap
+from clusterfusion.plan import BlockPlan
+
+PROGRAM = "programs/decode_step.cu"
+NO_TOKEN = -1  # in place of a token: the one that the last step chose; as a choice: the logits are not finite
+STATE_WORDS = 2  # 32-bit words of the kernel's StepState
+CANDIDATE_WORDS = 4  # 32-bit words of a Candidate, one a CTA
+TRACE_CLOCKS = 4  # 64-bit words a CTA, behind the events
+NO_FAULT = -1
+_POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
+
+
+@functools.cache
+def step_arguments_type(layers: int) -> Any:
+    """The kernel's struct StepArguments for so many layers, field for field, as a ctypes Structure."""
+
+    fields: list[tuple[str, Any]] = [
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
+        ("workspace", Workspace),
+        ("cache", LayerCache),
+        ("layer_stride", ctypes.c_int64),
+        *((name, _POINTER) for name in ("embedding", "norm_weight", "norm_bias", "lm_head")),
+        *((name, _POINTER) for name in ("pairs", "logits", "state", "candidates", "chosen", "trace")),
+        ("temperature", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("vocabulary", _INT32),
+        ("position", _INT32),
+        ("token", _INT32),
+        ("launch", ctypes.c_uint32),
+        ("layers", LayerTensors * layers),
+    ]
+    size = sum(ctypes.sizeof(field) for _, field in fields)
+    fields.append(("_padding", ctypes.c_byte * (-size % 128)))  # to a multiple of a tensor map's alignment
+    return type("StepArguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+def step_source(
+    plan: BlockPlan, weight_type: ElementType, *, trace: bool = False, fault_cta: int = NO_FAULT
+) -> KernelSource:
+    return KernelSource(PROGRAM, (instance(plan, weight_type, trace=trace, fault_cta=fault_cta),))
+
+
+def instance(plan: BlockPlan, weight_type: ElementType, *, trace: bool = False, fault_cta: int = NO_FAULT) -> str:
+    """The C++ name expression of the kernel. `fault_cta`, for tests, is a CTA that stops arriving."""
+    shape = block_shape(plan, weight_type, "float32")
+    return f"clusterfusion::decode_step<{shape}, {plan.config.num_layers}, {str(trace).lower()}, {fault_cta}>"
+
+
+def prepare_step(
+    plan: BlockPlan,
+    weight_type: ElementType,
+    arguments: ctypes.Structure,
+    device_index: int,
+    *,
+    trace: bool = False,
+    fault_cta: int = NO_FAULT,
+) -> Callable[[], None]:
+    """A cooperative launch of the whole step, to be made as often as wanted, on PyTorch's current stream; each may start
+    while the one before it ends. Raises DeviceError and CompileError as `decoder_block.prepare` does."""
+    kernel = load_kernel(
+        step_source(plan, weight_type, trace=trace, fault_cta=fault_cta),
+        instance(plan, weight_type, trace=trace, fault_cta=fault_cta),
+        device_index,
+    )
+    return kernel.prepare(launch_shape(plan, cooperative=True), arguments, overlaps_previous=True)
