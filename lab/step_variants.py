@@ -28,10 +28,14 @@ from clusterfusion.ops.layer_launch import plan_for
 from clusterfusion.plan import BlockPlan, block
 from clusterfusion.random_weights import random_weights, uniform
 
-EVENTS = (
-    "begin residual_read normed qkv_done attention_wait attention_begin attention_done up_done output_wait output_begin "
-    "output_done down_wait down_begin down_done end data_waited"
+VECTORS = (
+    "begin residual_read normed attention_wait attention_begin attention_done output_wait output_begin output_ready "
+    "down_wait down_begin down_ready sums_wait published"
 ).split()
+TILES = (
+    "qkv_wait qkv_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done"
+).split()
+EVENTS = [*VECTORS, *TILES, "data_waited"]
 
 
 def variant(plan: BlockPlan, text: str) -> BlockPlan:
@@ -40,20 +44,20 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     ctas = knobs.get("ctas", plan.ctas)
     stage = knobs["rows"] * c.hidden_size * 2 if "rows" in knobs else plan.stage_bytes
     stage = -(-stage // 128) * 128
-    warps = knobs.get("warps", plan.warps)
-    together = 32 // (c.head_dim // 8)
-    tokens = together
-    while tokens + together <= min(256, 16 * together) and block._tile_bytes(c, tokens + together) <= stage:
-        tokens += together
-    fixed = block._fixed_shared_bytes(c, ctas, stage, warps)
+    warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
+    cache_stages = knobs.get("deep", plan.cache_stages // plan.vector_warps) * vectors
+    tokens = block.cache_tile_tokens(c, knobs.get("cache", plan.cache_stages * plan.cache_stage_bytes) // cache_stages)
+    cache_stage = -(-block._tile_bytes(c, tokens) // 128) * 128
+    fixed = block.fixed_shared_bytes(c, ctas, stage, warps, vectors, cache_stages, cache_stage)
     most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES) // warps * warps
     stages = min(knobs.get("stages", most), most, 64)
     splits = ctas // c.num_heads
     splits = splits // 2 * 2 if splits > 1 else splits
     window = knobs.get("window", max(1, block.WINDOW_BYTES // stage))
     made = dataclasses.replace(
-        plan, ctas=ctas, splits=splits, warps=warps, stages=stages, stage_bytes=stage, window_stages=min(window, stages),
-        tile_tokens=tokens, shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
+        plan, ctas=ctas, splits=splits, vector_warps=vectors, warps=warps, stages=stages, stage_bytes=stage,
+        window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,
+        shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
     )  # fmt: skip
     block.check_plan(made)
     return made
@@ -127,7 +131,7 @@ def main() -> None:
         ms, wall = statistics.median(times[name]), statistics.median(walls[name])
         same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
         print(
-            f"  {name:36s} {plan.ctas} ctas {plan.warps} w {plan.stages:2d} x {plan.stage_bytes} win {plan.window_stages:2d}: "
+            f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_bytes} win {plan.window_stages:2d}: "
             f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}",
             flush=True,
         )
@@ -149,8 +153,7 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
     print(f"  {ghz:.3f} GHz; step {(clocks[:, 2] - clocks[:, 0]).median().item() / ghz / 1e3:.1f} us")
     middle = events[:, 4 : layers - 2].double() / ghz / 1e3
     at = {name: middle[..., i] for i, name in enumerate(EVENTS)}
-    order = EVENTS[:-1]
-    for before, after in itertools.pairwise(order):
+    for before, after in [*itertools.pairwise(VECTORS), *itertools.pairwise(TILES)]:
         took = at[after] - at[before]
         took = took[: plan.config.num_heads * plan.splits]
         print(

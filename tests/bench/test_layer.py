@@ -50,12 +50,11 @@ class StandInForm:
 
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch) -> LayerOptions:
-    monkeypatch.setattr(layer, "require_gpu", lambda: torch.device("cpu", 0))
+    monkeypatch.setattr(layer, "require_gpu", lambda what: torch.device("cpu", 0))
     monkeypatch.setattr(layer, "require_memory", lambda *_: None)
     monkeypatch.setattr(layer, "ReadCeiling", StandInCeiling)
     monkeypatch.setattr(layer, "Form", StandInForm)
     monkeypatch.setattr(layer, "DeviceTimer", lambda lead: lambda of, count: [TIMES_MS[of.name]] * count)
-    monkeypatch.setattr(layer.environment, "device_facts", lambda index: {"name": "none"})
     return layer_options("pythia-14m", contexts=(0, 33), layers=2, peers=False)
 
 

@@ -71,6 +71,16 @@ def test_a_step_is_the_references_and_can_be_repeated(name: str, context: int) -
     assert step.cache.layers[0].keys.shape[2] == -(-(context + 1) // 16) * 16
 
 
+def test_the_cache_is_passed_by_the_name_that_forward_knows() -> None:
+    class Newer:
+        def forward(self, input_ids: Tensor, cache: object = None) -> None: ...
+
+    class Older:
+        def forward(self, input_ids: Tensor, past_key_values: object = None) -> None: ...
+
+    assert (peers.cache_keyword(Newer()), peers.cache_keyword(Older())) == ("cache", "past_key_values")
+
+
 def test_failures_are_reported_and_go_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the CUDA graph fails by itself; the others are made to work and to fail."""
     weights, kv, x = setting(CONFIGS["parallel"])

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from clusterfusion.bench.costs import step_bytes
+from clusterfusion.bench.environment import Origin
 from clusterfusion.bench.options import layer_options
+from clusterfusion.bench.read_ceiling import ReadSpeeds
 from clusterfusion.bench.report import ContextTimes, LayerReport, PeerNote, failures, heading, table, to_json
 from clusterfusion.bench.samples import Summary
 
@@ -43,20 +45,22 @@ def report() -> LayerReport:
     )
     return LayerReport(
         options=layer_options("pythia-2.8b", contexts=(16, 1024)),
-        command="clusterfusion bench layer --random-weights pythia-2.8b",
-        device={"name": "NVIDIA Fabricated", "driver": "580.1"},
-        versions={"torch": "2.11.0", "transformers": None},
-        source_digest="0" * 64,
-        read_bytes=READ_BYTES,
-        read_times=read,
+        origin=Origin(
+            date="2026-11-24T05:01:41+00:00",
+            command="clusterfusion bench layer --random-weights pythia-2.8b",
+            device={"name": "NVIDIA Fabricated", "driver": "580.1"},
+            versions={"torch": "2.11.0", "transformers": None},
+            source_digest="0" * 64,
+        ),
+        read=ReadSpeeds(READ_BYTES, read),
         contexts=contexts,
     )
 
 
 def test_the_ceiling_is_the_faster_variant() -> None:
-    made = report()
-    assert made.read_speed("bulk copies") == pytest.approx(4e12)
-    assert made.read_ceiling == made.read_speed("loads") == pytest.approx(5e12)
+    read = report().read
+    assert read.speed("bulk copies") == pytest.approx(4e12)
+    assert read.ceiling == read.speed("loads") == pytest.approx(5e12)
 
 
 def test_ratio_and_speed_are_of_the_bytes_a_step_reads() -> None:
@@ -66,7 +70,7 @@ def test_ratio_and_speed_are_of_the_bytes_a_step_reads() -> None:
     assert made.floor_ms(1024) == pytest.approx(read / 5e12 * 1e3)
     assert made.ratio(1024, graph) == pytest.approx(1.2 / (read / 5e12 * 1e3))
     assert made.speed(1024, graph) == pytest.approx(read / 1.2e-3)
-    assert made.ratio(1024, graph) * made.speed(1024, graph) == pytest.approx(made.read_ceiling)
+    assert made.ratio(1024, graph) * made.speed(1024, graph) == pytest.approx(made.read.ceiling)
 
 
 def test_json_holds_what_makes_a_number_evidence() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from clusterfusion.bench.samples import Candidate, one_line, percentile, round_robin, summarise
+from clusterfusion.bench.samples import Candidate, least_squares_slope, one_line, percentile, round_robin, summarise
 from clusterfusion.errors import ArgumentError
 
 
@@ -27,6 +27,16 @@ def test_a_summary_holds_median_percentiles_and_count() -> None:
     assert (summary.median_ms, summary.p10_ms, summary.p90_ms, summary.samples) == (50.0, 10.0, 90.0, 101)
     with pytest.raises(ArgumentError, match="empty"):
         summarise([])
+
+
+def test_slopes_are_numpys() -> None:
+    generator = np.random.default_rng(1)
+    x, y = generator.random(7).tolist(), generator.random(7).tolist()
+    assert least_squares_slope(list(zip(x, y, strict=True))) == pytest.approx(np.polyfit(x, y, 1)[0])
+    assert least_squares_slope([(1e9, 5.0), (1e9 + 1, 7.0)]) == pytest.approx(2.0)
+    for points in ([], [(1.0, 2.0)], [(1.0, 2.0), (1.0, 3.0)]):
+        with pytest.raises(ArgumentError, match="two different x"):
+            least_squares_slope(points)
 
 
 def test_every_round_visits_every_candidate_for_its_share() -> None:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import clusterfusion
+from clusterfusion.bench.decode import measure
+from clusterfusion.bench.environment import Origin
 from clusterfusion.bench.options import layer_options
+from clusterfusion.bench.read_ceiling import ReadSpeeds
 from clusterfusion.bench.report import ContextTimes, LayerReport, PeerNote
 from clusterfusion.bench.samples import Summary
+from clusterfusion.cli import main
 from clusterfusion.cli.bench import _print
 
 SOURCE = Path(clusterfusion.__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-m", "clusterfusion", "bench", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment,
+        env=ENVIRONMENT,
         check=False,
     )
 
@@ -59,7 +67,141 @@ def test_bad_options(arguments: tuple[str, ...], status: int, expected: str) -> 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        ((), 1, "bench decode needs either MODEL or --random-weights SHAPE; neither was given"),
+        (("demo", "--random-weights", "pythia-14m"), 1, "SHAPE; both was given"),
+        (("--random-weights", "pythia-2.8b"), 1, "bench decode of pythia-2.8b needs an NVIDIA GPU"),
+        (("--random-weights", "pythia-3b"), 1, "named shape 'pythia-3b' is unknown"),
+        (("demo", "--contexts", "2048", "--new-tokens", "8"), 1, "so it must be from 1 to 2040"),
+        (("demo", "--contexts", "many"), 1, "contexts is 'many'; it must be numbers of tokens"),
+        (("demo", "--runs", "1"), 1, "runs is 1; it must be an int from 5"),
+        (("demo", "--modes", "quick"), 1, "modes is 'quick'; it must be names from"),
+        (("demo", "--peer-contexts", "5"), 1, "peer_contexts is '5', where 5 is not a context that is measured"),
+        (("demo", "--json", "/no/such/folder/x.json"), 1, "--json is '/no/such/folder/x.json'"),
+        (("demo", "--markdown", "/no/such/folder/x.md"), 1, "--markdown is '/no/such/folder/x.md'"),
+        (("demo", "--dtype", "int8"), 1, "dtype is 'int8'; it must be one of"),
+    ],
+)
+def test_bad_options_of_decode(arguments: tuple[str, ...], status: int, expected: str) -> None:
+    done = run("decode", *arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("clusterfusion: ") and done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "bench roofline needs an NVIDIA GPU of compute capability 9.0 or newer"),
+        (("--bytes", "0.1"), "bytes is 0.1; it must be a number of gigabytes from 1 to 1000"),
+        (("--repeats", "5"), "repeats is 5; it must be an int from 100"),
+        (("--json", "/no/such/folder/x.json"), "it must name a file in a folder that exists"),
+    ],
+)
+def test_roofline_without_a_gpu(arguments: tuple[str, ...], expected: str) -> None:
+    done = run("roofline", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("clusterfusion: ") and done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
+def test_decode_runs_on_a_cpu(tmp_path: Path) -> None:
+    file, markdown = tmp_path / "result.json", tmp_path / "table.md"
+    done = run(
+        "decode",
+        "demo",
+        "--contexts",
+        "4,9",
+        "--new-tokens",
+        "3",
+        "--no-peers",
+        "--json",
+        str(file),
+        "--markdown",
+        str(markdown),
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(file.read_text())
+    assert said["command"].startswith("clusterfusion bench decode demo --contexts 4,9")
+    assert [len(context["modes"]["reference"]["runs"]) for context in said["contexts"]] == [5, 5]
+    assert "missing: the read ceiling, and so the floor" in done.stdout
+    assert "mode graph left out: the kernels need 16-bit weights" in done.stdout
+    assert "| 4 | reference |" in markdown.read_text()
+    assert "with 1 of 2 contexts" in done.stderr
+
+
+def test_an_interrupt_leaves_a_valid_file(tmp_path: Path) -> None:
+    """Ctrl-C after the first of many contexts."""
+    file = tmp_path / "result.json"
+    contexts = ",".join(map(str, range(1, 2000)))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "clusterfusion"),
+            *(
+                "bench",
+                "decode",
+                "demo",
+                "--new-tokens",
+                "3",
+                "--no-peers",
+                "--contexts",
+                contexts,
+                "--json",
+                str(file),
+            ),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "written to" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = json.loads(file.read_text())
+    assert said["interrupted"] and 1 <= len(said["contexts"]) < 1999
+    assert f"interrupted after {len(said['contexts'])} of 1999 contexts" in out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_modes_that_differ_are_exit_status_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = measure._Run.context
+
+    def different(self: measure._Run, context: int) -> object:
+        return dataclasses.replace(whole(self, context), differences=("graph and split differ",))
+
+    monkeypatch.setattr(measure._Run, "context", different)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = "bench decode demo --contexts 4 --new-tokens 2 --no-peers".split()
+    monkeypatch.setattr(sys, "argv", ["clusterfusion", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    assert "FAILED: graph and split differ" in capsys.readouterr().out
+
+
 def test_help_lists_the_options() -> None:
+    done = run("decode", "--help")
+    for option in (
+        "--random-weights",
+        "--contexts",
+        "--new-tokens",
+        "--runs",
+        "--modes",
+        "--no-peers",
+        "--peer-contexts",
+    ):
+        assert option in done.stdout
+    for option in ("--bytes", "--repeats", "--json"):
+        assert option in run("roofline", "--help").stdout
     done = run("layer", "--help")
     assert done.returncode == 0
     for option in ("--random-weights", "--contexts", "--layers", "--dtype", "--repeats", "--no-peers", "--json"):
@@ -84,7 +226,7 @@ def test_the_printed_report_is_whole(capsys: pytest.CaptureFixture[str], monkeyp
         read,
     )
     options = layer_options("pythia-2.8b", contexts=(2047,))
-    _print(LayerReport(options, "", {"name": "GPU"}, {}, "", 4 << 30, read, (context,)))
+    _print(LayerReport(options, Origin("", "", {"name": "GPU"}, {}, ""), ReadSpeeds(4 << 30, read), (context,)))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("read ceiling 3436 GB/s (bulk copies 3436, loads 3436") for line in lines)
     assert f"transformers compile failed at context 2047: {long_error}".rstrip() in [line.rstrip() for line in lines]

@@ -3,14 +3,16 @@
 Times (`clusterfusion bench`)
 
 `layer`         `clusterfusion bench layer`: the decoder layers of a model alone
-`options`       what to measure, checked
+`decode`        `clusterfusion bench decode`: whole generate loops; a package, which says what is in it
+`roofline`      `clusterfusion bench roofline`: what this GPU reads, at several sizes
+`options`       what `bench layer` is to measure, checked
 `costs`         bytes that a step reads, and the time that no step can beat
-`samples`       times of repeated work: round robin over candidates; median and percentiles
+`samples`       times of repeated work: round robin over candidates; median, percentiles, slope
 `device_timer`  one sample on a GPU, and the work before it that makes samples alike
-`read_ceiling`  bytes a second that this GPU reads
+`read_ceiling`  bytes a second that this GPU reads: measured, proved, summarised
 `forms`         our own decoder layers in their launch forms
 `peers`         transformers, on the same weights
-`report`        the results as data, JSON and a table
+`report`        the results of `bench layer` as data, JSON and a table
 
 Results
 
@@ -27,5 +29,5 @@ Results
 
 Both
 
-`environment`   device, versions, digest of the sources: what a result file needs to be evidence
+`environment`   device, versions, digest of the sources, command: what a result file needs to be evidence
 """

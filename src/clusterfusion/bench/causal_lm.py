@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterfusion.bench.peers import shared_model
+from clusterfusion.bench.peers import cache_keyword, shared_model
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.errors import ClusterFusionError
 from clusterfusion.weights import DecoderWeights, LayerWeights
@@ -46,7 +46,7 @@ class CausalLM:
 
         # Neither an end-of-sequence token nor a checkpoint's sampling settings may end or change greedy decoding.
         model.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.weights = weights  # where they come from, in words
 
     @classmethod
@@ -83,8 +83,8 @@ class CausalLM:
     @torch.no_grad()
     def greedy(self, ids: Sequence[int], tokens: int) -> tuple[list[int], Tensor]:
         """`tokens` new tokens by `generate`, and the logits [tokens, vocab] that each was chosen from."""
-        prompt = torch.tensor([list(ids)], device=self._model.device)
-        out = self._model.generate(
+        prompt = torch.tensor([list(ids)], device=self.model.device)
+        out = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
@@ -97,11 +97,11 @@ class CausalLM:
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits [T, vocab] after each token, in one forward."""
-        return self._model(torch.tensor([list(ids)], device=self._model.device), use_cache=False).logits[0]
+        return self.model(torch.tensor([list(ids)], device=self.model.device), use_cache=False).logits[0]
 
     def stepper(self) -> Stepper:
         """A new, empty decoding state."""
-        return Stepper(self._model)
+        return Stepper(self.model)
 
 
 class Stepper:
@@ -111,7 +111,7 @@ class Stepper:
         from transformers import DynamicCache
 
         self._model = model
-        self._cache = DynamicCache(config=model.config)
+        self._cache = {cache_keyword(model): DynamicCache(config=model.config)}
 
     @torch.no_grad()
     def step(self, token: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class Stepper:
         handle = final_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
             ids = torch.tensor([[token]], device=self._model.device)
-            out = self._model(ids, past_key_values=self._cache, use_cache=True)
+            out = self._model(ids, use_cache=True, **self._cache)
         finally:
             handle.remove()
         return out.logits[0, -1], seen[0][0, -1]

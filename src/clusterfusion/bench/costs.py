@@ -1,4 +1,5 @@
-"""What a decode step of the layers has to read, and so the time that none can beat on a GPU of known read ceiling."""
+"""What a decode step has to read, of the layers alone or whole, and so the time that none can beat on a GPU of known read
+ceiling."""
 
 from __future__ import annotations
 
@@ -28,6 +29,22 @@ def step_bytes(config: DecoderConfig, context: int) -> int:
     return weight_bytes(config) + kv_bytes(config, context)
 
 
-def floor_ms(bytes_read: int, read_ceiling: float) -> float:
+def whole_step_weight_bytes(config: DecoderConfig, element_bytes: int = ELEMENT_BYTES) -> int:
+    """Bytes of the weights that a whole step reads: all layers, final norm, LM head, and one row of the embedding."""
+    return config.step_parameters * element_bytes
+
+
+def mean_cached_tokens(context: int, new_tokens: int) -> float:
+    """Cached tokens that a step meets on average while `new_tokens` are decoded after `context`."""
+    return context + (new_tokens - 1) / 2
+
+
+def decode_bytes(config: DecoderConfig, context: int, new_tokens: int, element_bytes: int = ELEMENT_BYTES) -> float:
+    """Bytes that a whole step reads on average while `new_tokens` are decoded after `context` tokens."""
+    kv = mean_cached_tokens(context, new_tokens) * config.kv_elements_per_token * element_bytes
+    return whole_step_weight_bytes(config, element_bytes) + kv
+
+
+def floor_ms(bytes_read: float, read_ceiling: float) -> float:
     """Milliseconds that reading `bytes_read` takes at `read_ceiling` bytes a second."""
     return bytes_read / read_ceiling * 1e3

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clusterfusion import __version__
+from clusterfusion.errors import DeviceError
 from clusterfusion.jit.device import device_limits
 
 _PACKAGES = ("torch", "transformers", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-cccl")
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 _UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where numbers come from: what makes a file of them evidence."""
+
+    date: str
+    command: str
+    device: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    source_digest: str
+
+
+def origin(command: str, device: torch.device) -> Origin:
+    """Of numbers that `command` measures now on `device`."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Origin(now, command, facts_of(device), versions(), package_digest())
+
+
+def require_gpu(what: str) -> torch.device:
+    """The current GPU, with its index. Raises DeviceError, which says that `what` needs one, unless the kernels run on
+    it."""
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"{what} needs an NVIDIA GPU of compute capability 9.0 or newer (Hopper or Blackwell), and PyTorch sees no "
+            "GPU here" + ("" if torch.version.cuda else " (it is a build without CUDA)")
+        )
+    index = torch.cuda.current_device()
+    _ = device_limits(index).architecture  # raises for a GPU that is not supported
+    return torch.device("cuda", index)
+
+
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """Of a GPU `device_facts`; of a CPU its name and how many threads compute."""
+    if device.type == "cuda":
+        try:
+            return device_facts(device.index or 0)
+        except DeviceError:  # without the kernels' toolchain the reference mode still runs
+            return {"name": torch.cuda.get_device_name(device)}
+    return {"name": platform.processor() or platform.machine() or "CPU", "threads": torch.get_num_threads()}
 
 
 def package_digest(root: Path = _PACKAGE_ROOT) -> str:

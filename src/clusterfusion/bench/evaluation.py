@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from clusterfusion import checkpoint
-from clusterfusion.bench import environment
 from clusterfusion.bench.causal_lm import CausalLM
+from clusterfusion.bench.environment import origin
 from clusterfusion.engine import Engine, load
 from clusterfusion.engine.loading import DEMO, demo_folder
-from clusterfusion.errors import ArgumentError, DeviceError
+from clusterfusion.errors import ArgumentError
 
 FORMAT = 1  # of the JSON; grows when a field changes its meaning or goes away
 _PACE_S = 2.0
@@ -60,11 +56,7 @@ class Sides:
             mode_reason=engine.mode_reason,
             dtype=str(engine.dtype).removeprefix("torch."),
             transformers_weights=self.peer.weights,
-            device=device_facts(engine.device),
-            versions=environment.versions(),
-            source_digest=environment.package_digest(),
-            command=command,
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **vars(origin(command, engine.device)),
         )
 
 
@@ -88,16 +80,6 @@ def load_sides(
         return Sides(engine, CausalLM.shared(engine.weights))
     folder = demo_folder() if model == DEMO else checkpoint.locate(model)
     return Sides(engine, CausalLM.from_folder(folder, engine.dtype, engine.device, engine.weights.num_bytes))
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Of a GPU what `environment` knows; of a CPU its name and how many threads compute."""
-    if device.type == "cuda":
-        try:
-            return environment.device_facts(device.index or 0)
-        except DeviceError:  # without the kernels' toolchain the reference mode still runs
-            return {"name": torch.cuda.get_device_name(device)}
-    return {"name": platform.processor() or platform.machine() or "CPU", "threads": torch.get_num_threads()}
 
 
 class Pace:

@@ -11,15 +11,14 @@ from torch import Tensor
 from clusterfusion import reference
 from clusterfusion.bench import costs, environment
 from clusterfusion.bench.device_timer import DeviceTimer
+from clusterfusion.bench.environment import require_gpu
 from clusterfusion.bench.forms import FORMS, Form, agreed_output
 from clusterfusion.bench.options import LayerOptions
 from clusterfusion.bench.peers import CACHE_UNIT, PEERS, Peers, PeerSetup
-from clusterfusion.bench.read_ceiling import LEAD_BYTES, ReadCeiling, data_bytes
+from clusterfusion.bench.read_ceiling import LEAD_BYTES, ReadCeiling, ReadSpeeds, data_bytes
 from clusterfusion.bench.report import ContextTimes, LayerReport, PeerNote
 from clusterfusion.bench.samples import Timing, round_robin, summarise
 from clusterfusion.engine.memory import require_memory
-from clusterfusion.errors import DeviceError
-from clusterfusion.jit.device import device_limits
 from clusterfusion.jit.read_ceiling import VARIANTS
 from clusterfusion.random_weights import random_weights, uniform
 from clusterfusion.weights import DecoderWeights
@@ -44,7 +43,7 @@ def measure_layers(
     Raises DeviceError without a GPU that runs the kernels, or without the memory; ClusterFusionError when the launch
     forms differ in a bit or give what is not finite. A peer that fails is in the report and ends nothing.
     """
-    device = require_gpu()
+    device = require_gpu("bench layer")
     config = dataclasses.replace(options.config, vocab_size=_VOCABULARY)
     dtype = getattr(torch, options.dtype)
     room = -(-(max(options.contexts) + 1) // CACHE_UNIT) * CACHE_UNIT
@@ -66,8 +65,7 @@ def measure_layers(
     forms = [Form(name, weights, cache, x) for name in FORMS]
     peers = Peers(weights, cache, x) if options.peers else None
 
-    assert device.index is not None
-    facts = environment.device_facts(device.index)
+    origin = environment.origin(command, device)
     timer = DeviceTimer(ceiling.lead)
     ceiling_times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     contexts = []
@@ -87,12 +85,8 @@ def measure_layers(
         contexts.append(_context_times(context, timings, setups))
         report = LayerReport(
             options=options,
-            command=command,
-            device=facts,
-            versions=environment.versions(),
-            source_digest=environment.package_digest(),
-            read_bytes=read_bytes,
-            read_times={variant: summarise(times) for variant, times in ceiling_times.items()},
+            origin=origin,
+            read=ReadSpeeds(read_bytes, {variant: summarise(times) for variant, times in ceiling_times.items()}),
             contexts=tuple(contexts),
         )
         on_context(report)
@@ -101,18 +95,6 @@ def measure_layers(
             peers.forget_context()
 
     return report
-
-
-def require_gpu() -> torch.device:
-    """The current GPU, with its index. Raises DeviceError unless the kernels run on it."""
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "bench layer needs an NVIDIA GPU of compute capability 9.0 or newer (Hopper or Blackwell), and PyTorch sees no "
-            "GPU here" + ("" if torch.version.cuda else " (it is a build without CUDA)")
-        )
-    index = torch.cuda.current_device()
-    _ = device_limits(index).architecture  # raises for a GPU that is not supported
-    return torch.device("cuda", index)
 
 
 def _random_cache(weights: DecoderWeights, room: int) -> reference.KVCache:

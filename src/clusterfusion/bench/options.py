@@ -65,17 +65,19 @@ def layer_options(
     )
 
 
-def parse_contexts(contexts: str | tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Counts of cached tokens, from text such as "16,512" or as they are. Raises ArgumentError unless each is from 0 to
-    `most`, there is at least one, and none comes twice."""
+def parse_contexts(
+    contexts: str | tuple[int, ...], most: int, least: int = 0, name: str = "contexts"
+) -> tuple[int, ...]:
+    """Counts of cached tokens, from text such as "16,512" or as they are. Raises ArgumentError that names the option
+    `name` unless each is from `least` to `most`, there is at least one, and none comes twice."""
     if isinstance(contexts, str):
         parts = contexts.split(",")
         if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 20 for part in parts):
             raise ArgumentError(
-                f"contexts is {contexts[:80]!r}; it must be numbers of tokens with commas between, as 16,512"
+                f"{name} is {contexts[:80]!r}; it must be numbers of tokens with commas between, as 16,512"
             )
         contexts = tuple(map(int, parts))
-    checked = tuple(as_int("contexts", context, 0, most) for context in contexts)
+    checked = tuple(as_int(name, context, least, most) for context in contexts)
     if not checked or len(set(checked)) < len(checked):
-        raise ArgumentError(f"contexts is {contexts!r}; it must hold at least one number of tokens, and none twice")
+        raise ArgumentError(f"{name} is {contexts!r}; it must hold at least one number of tokens, and none twice")
     return checked

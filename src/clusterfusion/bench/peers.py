@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,35 +99,58 @@ def shared_model(weights: DecoderWeights) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def cache_keyword(model: Any) -> str:
+    """What this version of transformers calls the cache in `model.forward`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def static_cache(config: Any, tokens: int, keys: Tensor) -> Any:
+    """An allocated StaticCache with room for `tokens`, and no more than a mask needs. `keys` [..., kv_heads, _, head_dim]
+    says what a layer's look like. Raises ImportError without transformers."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=config, max_cache_len=-(-tokens // CACHE_UNIT) * CACHE_UNIT)
+    cache.early_initialization(1, keys.shape[-3], keys.shape[-1], keys.dtype, keys.device)
+    return cache
+
+
+def set_length(cache: Any, tokens: int) -> None:
+    """A StaticCache holds `tokens` tokens again; what stands after them will be written over."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
+
+
+def forget_compiled() -> None:
+    """Frees what torch.compile made, its CUDA graphs included, and hands cached memory back."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 class StaticCacheStep:
     """One step of a GPTNeoXModel after `context` tokens whose keys and values are copied from our cache."""
 
     @torch.no_grad()
     def __init__(self, model: Any, kv: reference.KVCache, x: Tensor, context: int) -> None:
-        from transformers import StaticCache
-
-        c = model.config
         self.model: Callable[..., Any] = model
         self.context = context
-        length = -(-(context + 1) // CACHE_UNIT) * CACHE_UNIT
-        self.cache = StaticCache(config=c, max_cache_len=length)
-        heads, head_dim, dtype = kv.k.shape[1], kv.k.shape[3], kv.k.dtype
-        self.cache.early_initialization(1, heads, head_dim, dtype, kv.k.device)
+        self.cache = static_cache(model.config, context + 1, kv.k)
+        self._keyword = cache_keyword(model)
         for i, layer in enumerate(self.cache.layers):
             layer.keys[0, :, :context] = kv.k[i, :, :context]
             layer.values[0, :, :context] = kv.v[i, :, :context]
-        self._x = x.to(dtype).view(1, 1, -1).clone()
+        self._x = x.to(kv.k.dtype).view(1, 1, -1).clone()
         self._position = torch.full((1, 1), context, dtype=torch.int64, device=x.device)
 
     def prepare(self) -> None:
-        """The cache holds `context` tokens again; what a step wrote after them is written over."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.context)
+        """The cache holds `context` tokens again."""
+        set_length(self.cache, self.context)
 
     @torch.no_grad()
     def run(self) -> Tensor:
         """The normed hidden state after the last layer [1, 1, hidden]."""
-        out = self.model(inputs_embeds=self._x, position_ids=self._position, past_key_values=self.cache, use_cache=True)
+        cache = {self._keyword: self.cache}
+        out = self.model(inputs_embeds=self._x, position_ids=self._position, use_cache=True, **cache)
         return out.last_hidden_state
 
 
@@ -186,9 +210,7 @@ class Peers:
 
     def forget_context(self) -> None:
         """Frees what the last context's peers held: caches, graphs and compiled code."""
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget_compiled()
 
 
 def affordable_samples(seconds: float, samples: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clusterfusion.bench.samples import Candidate
+from clusterfusion.bench.samples import Candidate, Summary
 from clusterfusion.errors import ClusterFusionError
 from clusterfusion.jit.device import device_limits
 from clusterfusion.jit.read_ceiling import VARIANTS, ReadArguments, Variant, ctas, prepare
@@ -26,6 +28,37 @@ def data_bytes(layer_bytes: int) -> int:
     return min(max(layer_bytes, LEAST_BYTES), MOST_BYTES) // 16 * 16
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadSpeeds:
+    """What reading `num_bytes` bytes once took, by variant."""
+
+    num_bytes: int
+    times: Mapping[str, Summary]
+
+    def speed(self, variant: str) -> float:
+        """Bytes a second of one variant, by its median time."""
+        return self.num_bytes / self.times[variant].median_ms * 1e3
+
+    @property
+    def ceiling(self) -> float:
+        """Bytes a second of the faster variant."""
+        return max(self.speed(variant) for variant in self.times)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bytes_per_s": self.ceiling,
+            "bytes": self.num_bytes,
+            "variants": {
+                variant: dataclasses.asdict(summary) | {"bytes_per_s": self.speed(variant)}
+                for variant, summary in self.times.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        variants = ", ".join(f"{variant} {self.speed(variant) / 1e9:.0f}" for variant in self.times)
+        return f"read ceiling {self.ceiling / 1e9:.0f} GB/s ({variants}; {self.num_bytes / 1e9:.1f} GB read once)"
+
+
 class ReadCeiling:
     """Random data on a GPU and the prepared launches that read it; `lead` reads other data of LEAD_BYTES."""
 
@@ -40,23 +73,26 @@ class ReadCeiling:
             for variant in VARIANTS
         }
         self._lead_words = torch.zeros_like(self._words["loads"])
-        self._launches = {
-            variant: self._prepare(variant, LEAD_BYTES, num_bytes, self._words[variant]) for variant in VARIANTS
-        }
         self.lead = self._prepare("loads", 0, LEAD_BYTES, self._lead_words)
 
     def _prepare(self, variant: Variant, offset: int, num_bytes: int, words: Tensor) -> Callable[[], None]:
         arguments = ReadArguments(self._data.data_ptr() + offset, num_bytes, words.data_ptr())
         return prepare(variant, arguments, self.device.index)
 
-    def candidates(self, samples: int) -> list[Candidate]:
-        """One a variant, by the variant's name."""
-        return [Candidate(name, lambda: None, launch, samples) for name, launch in self._launches.items()]
+    def _launches(self, num_bytes: int) -> dict[Variant, Callable[[], None]]:
+        return {variant: self._prepare(variant, LEAD_BYTES, num_bytes, self._words[variant]) for variant in VARIANTS}
 
-    def check(self) -> None:
-        """Raise ClusterFusionError unless both variants read every word: their XOR is compared with PyTorch's."""
-        expected = xor_of(self._data[LEAD_BYTES // 2 :])
-        for variant, launch in self._launches.items():
+    def candidates(self, samples: int, num_bytes: int | None = None) -> list[Candidate]:
+        """One a variant, by the variant's name. They read all of the data, or its first `num_bytes`, a multiple of 16."""
+        launches = self._launches(num_bytes or self.num_bytes)
+        return [Candidate(name, lambda: None, launch, samples) for name, launch in launches.items()]
+
+    def check(self, num_bytes: int | None = None) -> None:
+        """Raise ClusterFusionError unless both variants read every word of all the data, or of its first `num_bytes`:
+        their XOR is compared with PyTorch's."""
+        num_bytes = num_bytes or self.num_bytes
+        expected = xor_of(self._data[LEAD_BYTES // 2 : (LEAD_BYTES + num_bytes) // 2])
+        for variant, launch in self._launches(num_bytes).items():
             self._words[variant].zero_()
             launch()
             seen = xor_of(self._words[variant])

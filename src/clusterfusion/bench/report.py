@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clusterfusion.bench.costs import floor_ms, kv_bytes, layer_weight_bytes, step_bytes, weight_bytes
+from clusterfusion.bench.environment import Origin
 from clusterfusion.bench.options import LayerOptions
+from clusterfusion.bench.read_ceiling import ReadSpeeds
 from clusterfusion.bench.samples import Summary
 
 if TYPE_CHECKING:
@@ -43,32 +44,16 @@ class ContextTimes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One run. `read_times` are the times that reading `read_bytes` bytes took, over all contexts, by variant."""
+    """One run. `read` is of all contexts together."""
 
     options: LayerOptions
-    command: str
-    device: Mapping[str, Any]
-    versions: Mapping[str, str | None]
-    source_digest: str
-    read_bytes: int
-    read_times: Mapping[str, Summary]
+    origin: Origin
+    read: ReadSpeeds
     contexts: tuple[ContextTimes, ...]
-    date: str = dataclasses.field(
-        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    )
-
-    def read_speed(self, variant: str) -> float:
-        """Bytes a second of one variant, by its median time."""
-        return self.read_bytes / self.read_times[variant].median_ms * 1e3
-
-    @property
-    def read_ceiling(self) -> float:
-        """Bytes a second of the faster variant."""
-        return max(self.read_speed(variant) for variant in self.read_times)
 
     def floor_ms(self, context: int) -> float:
         """Milliseconds that no step after `context` tokens can beat."""
-        return floor_ms(step_bytes(self.options.config, context), self.read_ceiling)
+        return floor_ms(step_bytes(self.options.config, context), self.read.ceiling)
 
     def ratio(self, context: int, summary: Summary) -> float:
         """Median time over the floor."""
@@ -86,11 +71,7 @@ def to_json(report: LayerReport) -> dict[str, Any]:
         "benchmark": "layer",
         "format": FORMAT,
         "scope": SCOPE,
-        "date": report.date,
-        "command": report.command,
-        "device": dict(report.device),
-        "versions": dict(report.versions),
-        "source_digest": report.source_digest,
+        **dataclasses.asdict(report.origin),
         "model": {
             "shape": report.options.shape,
             "layers": config.num_layers,
@@ -102,14 +83,7 @@ def to_json(report: LayerReport) -> dict[str, Any]:
             "parallel_residual": config.parallel_residual,
         },
         "bytes": {"layer_weights": layer_weight_bytes(config), "weights": weight_bytes(config)},
-        "read_ceiling": {
-            "bytes_per_s": report.read_ceiling,
-            "bytes": report.read_bytes,
-            "variants": {
-                variant: dataclasses.asdict(summary) | {"bytes_per_s": report.read_speed(variant)}
-                for variant, summary in report.read_times.items()
-            },
-        },
+        "read_ceiling": report.read.to_json(),
         "contexts": [_context_json(report, times) for times in report.contexts],
     }
 
@@ -146,10 +120,9 @@ def _speedups(times: ContextTimes, summary: Summary) -> dict[str, float]:
 def heading(report: LayerReport) -> list[str]:
     """Lines above the table: what was measured, and the read ceiling in both variants."""
     config, options = report.options.config, report.options
-    variants = ", ".join(f"{variant} {report.read_speed(variant) / 1e9:.0f}" for variant in report.read_times)
     return [
-        f"{options.shape}, {config.num_layers} layers, {options.dtype}, batch 1, on {report.device['name']}",
-        f"read ceiling {report.read_ceiling / 1e9:.0f} GB/s ({variants}; {report.read_bytes / 1e9:.1f} GB read once)",
+        f"{options.shape}, {config.num_layers} layers, {options.dtype}, batch 1, on {report.origin.device['name']}",
+        str(report.read),
         f"weights of a step {weight_bytes(config) / 1e9:.3f} GB; K/V {kv_bytes(config, 1) / 1e6:.3f} MB a cached token",
     ]
 
@@ -170,7 +143,7 @@ def table(report: LayerReport) -> Table:
 
     for times in report.contexts:
         floor = report.floor_ms(times.context)
-        ceiling = f"{report.read_ceiling / 1e9:.0f}"
+        ceiling = f"{report.read.ceiling / 1e9:.0f}"
         made.add_row(
             str(times.context),
             "floor",

@@ -55,6 +55,16 @@ def summarise(times_ms: Sequence[float]) -> Summary:
     return Summary(percentile(times_ms, 50), percentile(times_ms, 10), percentile(times_ms, 90), len(times_ms))
 
 
+def least_squares_slope(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of the line through (x, y) `points` with the smallest squared errors in y. Raises ArgumentError without
+    two different x."""
+    mean_x = sum(x for x, _ in points) / max(len(points), 1)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    if not spread:
+        raise ArgumentError(f"points is {points!r}; a slope needs two different x")
+    return sum((x - mean_x) * y for x, y in points) / spread
+
+
 def round_robin(
     candidates: Sequence[Candidate],
     sample: Callable[[Candidate, int], Sequence[float]],

@@ -18,11 +18,11 @@ from clusterfusion.cli.evaluate import perplexity, quality, verify
 from clusterfusion.cli.generate import generate
 from clusterfusion.cli.info import info
 from clusterfusion.cli.models import models
+from clusterfusion.cli.output import EXIT_INTERRUPTED
 from clusterfusion.errors import ClusterFusionError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(
     name="clusterfusion",
@@ -59,8 +59,8 @@ def _options(
 
 
 def main() -> NoReturn:
-    """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted; 3 if `verify`
-    found the output different."""
+    """Run the command line on sys.argv and exit: 0 done, 1 an error, 2 a usage error, 130 interrupted; 3 if `verify` or
+    `bench decode` found output that differs."""
     arguments, debug = _take_debug(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")

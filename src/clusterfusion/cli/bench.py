@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clusterfusion.errors import ArgumentError
+from clusterfusion.cli.output import (
+    EXIT_DIFFERENT,
+    EXIT_INTERRUPTED,
+    JsonOption,
+    ModelArgument,
+    RandomWeights,
+    check_writable,
+    command_line,
+    progress_lines,
+    report_console,
+    write_json,
+    write_whole,
+)
 
 if TYPE_CHECKING:
-    from clusterfusion.bench.report import LayerReport
+    from rich.table import Table
 
-_WIDTH = 120  # the table whole, whatever the terminal
+    from clusterfusion.bench.decode.options import DecodeOptions
+    from clusterfusion.bench.decode.report import DecodeReport
+    from clusterfusion.bench.report import LayerReport
 
 bench = typer.Typer(
     name="bench",
@@ -42,56 +53,131 @@ def layer(
     dtype: Annotated[str, typer.Option(help="Of weights and K/V cache: float16 or bfloat16.")] = "float16",
     repeats: Annotated[int, typer.Option(help="Samples of each form; at least 100. Slow peers get fewer.")] = 100,
     peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file as JSON.", metavar="FILE")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure decoder layers alone: no embedding, no LM head; one token, one stream, random weights."""
     from clusterfusion.bench.options import layer_options
 
-    if json_file is not None:
-        try:
-            was_there = json_file.exists()
-            json_file.open("a", encoding="utf-8").close()  # tried before anything is measured
-            if not was_there:
-                json_file.unlink()
-        except OSError as error:
-            raise ArgumentError(
-                f"--json is {str(json_file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
-                "that exists"
-            ) from error
+    check_writable(json_file)
     options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
 
     from clusterfusion.bench.layer import measure_layers
 
-    began = time.monotonic()
-
-    def progress(message: str) -> None:
-        typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
+    progress = progress_lines()
 
     def write(report: LayerReport) -> None:
         from clusterfusion.bench.report import to_json
 
-        if json_file is not None:
-            json_file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
-            progress(f"written to {json_file}, with {len(report.contexts)} of {len(options.contexts)} contexts")
+        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
 
-    _print(measure_layers(options, progress, shlex.join(["clusterfusion", *sys.argv[1:]]), write))
+    _print(measure_layers(options, progress, command_line(), write))
+
+
+@bench.command()
+def decode(
+    model: ModelArgument = None,
+    random_weights: RandomWeights = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Prompts' lengths in tokens, with commas between; 16,512,1024,1900 if left out.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt; 128 if left out.")] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each loop; at least 5. Slow peers get fewer.")] = 5,
+    modes: Annotated[
+        str, typer.Option(help="Modes with commas between; one that cannot run here is left out, with the reason.")
+    ] = "model,graph,fused,split",
+    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
+    peer_contexts: Annotated[
+        str | None, typer.Option(help="Contexts to measure transformers at; all of them if left out.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")] = None,
+    json_file: JsonOption = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table to this file as Markdown.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Measure whole greedy generate loops: wall time per output token, ours in every mode, transformers', and the time that
+    reading the bytes takes. Without a GPU: the reference mode, few tokens, no floor. Exit status 3 if tokens of our modes
+    differ."""
+    check_writable(json_file)
+    check_writable(markdown, "--markdown")
+    from clusterfusion.bench.decode.options import check_source, decode_options, has_gpu, load_model
+
+    progress, command, on_gpu = progress_lines(), command_line(), has_gpu()
+
+    def options_for(max_position: int | None) -> DecodeOptions:
+        return decode_options(
+            max_position,
+            on_gpu=on_gpu,
+            contexts=contexts,
+            new_tokens=new_tokens,
+            runs=runs,
+            modes=modes,
+            peers=peers,
+            peer_contexts=peer_contexts,
+        )
+
+    options_for(check_source(model, random_weights, on_gpu))  # what can be checked before a model is loaded
+    engine = load_model(model, random_weights, dtype)
+    options = options_for(engine.config.max_position)
+
+    from clusterfusion.bench.decode import tables
+    from clusterfusion.bench.decode.measure import measure_decode
+    from clusterfusion.bench.decode.report import to_json
+
+    def write(report: DecodeReport) -> None:
+        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
+        if markdown is not None:
+            write_whole(markdown, tables.markdown(report))
+
+    report = measure_decode(engine, options, progress, command, write)
+    if report.interrupted:
+        write(report)
+    _show(tables.heading(report), tables.table(report), tables.lines(report), tables.NOTE)
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if report.differences:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+@bench.command()
+def roofline(
+    gigabytes: Annotated[
+        float, typer.Option("--bytes", help="Gigabytes (10^9 bytes) to read, and some fractions of it.", metavar="GB")
+    ] = 4.0,
+    repeats: Annotated[int, typer.Option(help="Samples of each variant at each size; at least 100.")] = 100,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure what this GPU reads from its memory: bytes a second through the kernels' ring of bulk copies, and by plain
+    loads."""
+    check_writable(json_file)
+    from clusterfusion.bench import roofline as made
+
+    options = made.roofline_options(gigabytes, repeats)
+    progress = progress_lines()
+    report = made.measure_roofline(options, progress, command_line())
+    write_json(json_file, made.to_json(report), progress)
+    _show([made.heading(report)], made.table(report), [], f"{made.SCOPE}.")
+
+
+def _so_far(done: Sequence[object], asked: Sequence[object]) -> str:
+    return f", with {len(done)} of {len(asked)} contexts"
 
 
 def _print(report: LayerReport) -> None:
-    from rich.console import Console
-
     from clusterfusion.bench.report import SCOPE, failures, heading, table
 
-    console = Console(width=max(Console().width, _WIDTH), highlight=False, markup=False)
-    for line in heading(report):
-        console.print(line, soft_wrap=True)
-    console.print(table(report))
-    for line in failures(report):
-        console.print(line, soft_wrap=True)
-    console.print(
+    note = (
         f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs. "
-        "Where the host is slower than the GPU, as with eager peers, the time is the host's.",
-        style="dim",
+        "Where the host is slower than the GPU, as with eager peers, the time is the host's."
     )
+    _show(heading(report), table(report), failures(report), note)
+
+
+def _show(heading: Sequence[str], table: Table, lines: Sequence[str], note: str) -> None:
+    console = report_console()
+    for line in heading:
+        console.print(line, soft_wrap=True)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    console.print(note, style="dim")

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clusterfusion.errors import ArgumentError
+from clusterfusion.cli.output import (
+    EXIT_DIFFERENT,
+    EXIT_INTERRUPTED,
+    JsonOption,
+    ModelArgument,
+    RandomWeights,
+    check_writable,
+    command_line,
+    progress_lines,
+    report_console,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from clusterfusion.bench.evaluation import Facts
 
-EXIT_DIFFERENT = 3  # verified, and found different: neither an error (1) nor a usage error (2)
-EXIT_INTERRUPTED = 130  # as in cli/app.py
-_WIDTH = 120  # the table whole, whatever the terminal
-
-ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
-]
-RandomWeights = Annotated[
-    str | None,
-    typer.Option("--random-weights", help="A named shape instead of MODEL, with random weights.", metavar="SHAPE"),
-]
 ModeOption = Annotated[str, typer.Option(help="auto, reference, split, fused, graph or model.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or float64.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write everything to this file as JSON.", metavar="FILE")
-]
 
 
 def verify(
@@ -152,46 +145,11 @@ def perplexity(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def check_writable(json_file: Path | None) -> None:
-    """Try the file before anything is measured. Raises ArgumentError."""
-    if json_file is None:
-        return
-    try:
-        was_there = json_file.exists()
-        json_file.open("a", encoding="utf-8").close()
-        if not was_there:
-            json_file.unlink()
-    except OSError as error:
-        raise ArgumentError(
-            f"--json is {str(json_file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
-            "that exists"
-        ) from error
-
-
-def progress_lines() -> Callable[[str], None]:
-    """Lines on stderr, each with the seconds since now."""
-    began = time.monotonic()
-    return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
-
-
-def command_line() -> str:
-    """The command as a shell would take it."""
-    return shlex.join(["clusterfusion", *sys.argv[1:]])
-
-
-def write_json(json_file: Path | None, report: dict[str, Any], progress: Callable[[str], None]) -> None:
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        progress(f"written to {json_file}")
-
-
 def show(facts: Facts, table: Table | None, lines: Sequence[str], note: str) -> None:
     """The report on stdout: what was measured, the table, what it says, and what to know of it."""
-    from rich.console import Console
-
     from clusterfusion.bench.evaluation import heading
 
-    console = Console(width=max(Console().width, _WIDTH), highlight=False, markup=False)
+    console = report_console()
     console.print(heading(facts), soft_wrap=True)
     if table is not None:
         console.print(table)

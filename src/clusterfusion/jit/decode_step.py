@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clusterfusion.jit.compiler import KernelSource
-from clusterfusion.jit.decoder_block import ElementType, LayerCache, LayerTensors, Workspace, block_shape, launch_shape
+from clusterfusion.jit.decoder_block import ElementType, KvCache, LayerTensors, Workspace, block_shape, launch_shape
 from clusterfusion.jit.launch import load_kernel
 from clusterfusion.jit.tensor_map import TensorMap
 from clusterfusion.plan import BlockPlan
@@ -30,8 +30,7 @@ def step_arguments_type(layers: int) -> Any:
         ("k_map", TensorMap),
         ("v_map", TensorMap),
         ("workspace", Workspace),
-        ("cache", LayerCache),
-        ("layer_stride", ctypes.c_int64),
+        ("cache", KvCache),
         *((name, _POINTER) for name in ("embedding", "norm_weight", "norm_bias", "lm_head")),
         *((name, _POINTER) for name in ("pairs", "logits", "state", "candidates", "chosen", "trace")),
         ("temperature", ctypes.c_double),

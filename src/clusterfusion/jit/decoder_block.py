@@ -35,18 +35,18 @@ class LayerTensors(ctypes.Structure):
     )
 
 
-class LayerCache(ctypes.Structure):
-    """Where one layer's keys and values lie. Strides in elements."""
+class KvCache(ctypes.Structure):
+    """Where keys and values lie, of one layer or of all. Strides in elements."""
 
     _fields_ = (
         ("k_cache", _POINTER),
         ("v_cache", _POINTER),
         ("k_new", _POINTER),
         ("v_new", _POINTER),
+        ("layer_stride", _INT64),
         ("head_stride", _INT64),
         ("token_stride", _INT64),
-        ("first_head", ctypes.c_int32),
-        ("max_len", ctypes.c_int32),
+        ("max_len", _INT64),
     )
 
 
@@ -74,12 +74,13 @@ class LayerArguments(ctypes.Structure):
         ("k_map", TensorMap),
         ("v_map", TensorMap),
         ("layer", LayerTensors),
-        ("cache", LayerCache),
+        ("cache", KvCache),
         ("workspace", Workspace),
         ("position", _POINTER),
         ("x", _POINTER),
         ("out", _POINTER),
         ("middle", _POINTER),
+        ("_padding", ctypes.c_byte * 120),  # to a multiple of a tensor map's alignment
     )
 
 
@@ -97,8 +98,9 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
     """The C++ type that carries a plan."""
     c = plan.config
     gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
-    partition = (plan.ctas, plan.cluster_size, plan.splits)
-    ring = (plan.warps, plan.stages, plan.stage_bytes, plan.window_stages, plan.tile_tokens, plan.shared_bytes)
+    partition = (plan.ctas, plan.cluster_size, plan.splits, plan.vector_warps, plan.warps)
+    ring = (plan.stages, plan.stage_bytes, plan.window_stages)
+    cache = (plan.tile_tokens, plan.cache_stages, plan.cache_stage_bytes, plan.shared_bytes)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],
@@ -106,7 +108,7 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
             *map(str, (c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.rotary.dim)),
             f"clusterfusion::Gelu::{gelu}",
             "true" if c.parallel_residual else "false",
-            *map(str, partition + ring),
+            *map(str, partition + ring + cache),
         )
     )
     return f"clusterfusion::BlockShape<{shape}>"

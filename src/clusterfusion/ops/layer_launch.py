@@ -15,8 +15,8 @@ from clusterfusion.errors import DeviceError, UnsupportedModelError
 from clusterfusion.jit.decoder_block import (
     ERROR_WORDS,
     ElementType,
+    KvCache,
     LayerArguments,
-    LayerCache,
     LayerTensors,
     Workspace,
     cache_map,
@@ -149,7 +149,7 @@ def layer_arguments(
         k_map=cache_map(plan, dtype, k),
         v_map=cache_map(plan, dtype, v),
         layer=layer_tensors(weights),
-        cache=layer_cache(k, v, buffers.k_new, buffers.v_new),
+        cache=kv_cache(k, v, buffers.k_new, buffers.v_new),
         workspace=workspace(plan, buffers.tables, scratch, error),
         position=buffers.position.data_ptr(),
         x=buffers.x.data_ptr(),
@@ -176,16 +176,19 @@ def layer_tensors(weights: LayerWeights) -> LayerTensors:
     )
 
 
-def layer_cache(k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None) -> LayerCache:
-    """Where a layer's keys and values [heads, max_len, head_dim] lie; both of the same strides."""
-    return LayerCache(
+def kv_cache(k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None) -> KvCache:
+    """Where keys and values [heads, max_len, head_dim] of a layer, or of all with a dimension in front, lie. Both have the
+    same strides."""
+    *layers, head_stride, token_stride, _ = k.stride()
+    return KvCache(
         k_cache=k.data_ptr(),
         v_cache=v.data_ptr(),
         k_new=None if k_new is None else k_new.data_ptr(),
         v_new=None if v_new is None else v_new.data_ptr(),
-        head_stride=k.stride(0),
-        token_stride=k.stride(1),
-        max_len=k.shape[1],
+        layer_stride=layers[0] if layers else 0,
+        head_stride=head_stride,
+        token_stride=token_stride,
+        max_len=k.shape[-2],
     )
 
 

@@ -21,9 +21,19 @@ VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
 MAX_HEAD_DIM = 256
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
-# Consumer warps to choose from, best first where rings are equally deep; fewer only where shared memory is scarce.
-WARPS = (9, 8, 10, 7, 11, 6, 12, 5)
-SCARCE_WARPS = (4, 3, 2)
+# Tile warps to choose from, best first where rings are equally deep; fewer only where shared memory is scarce.
+WARPS = (8, 9, 10, 7, 11)
+SCARCE_WARPS = (6, 5, 4, 3, 2)
+# Vector warps hold a vector of hidden_size in registers between them: three quads a thread and the norms' weights for them.
+FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 4, 8
+QUADS_A_THREAD = 3
+# Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
+MOST_WARPS = 16
+# The vector warps' stages for cached tokens: so much is in flight beside the stream of weights.
+CACHE_BYTES = 32768
+WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
+SCARCE_CACHE_BYTES = 8192
+SCARCE_SHARED_BYTES = 128 * 1024
 # Measured on an H200 with the 2.8B and 6.9B shapes: stages of 8 to 10 KB and about 50 KB in flight are best.
 TARGET_STAGE_BYTES = 10240
 WINDOW_BYTES = 51200
@@ -47,16 +57,19 @@ class BlockPlan:
     ctas: int
     cluster_size: int
     splits: int  # CTAs that share a head's cached tokens
-    warps: int  # consumers; one producer warp comes on top
-    stages: int
+    vector_warps: int  # norms, attention, activations
+    warps: int  # tile warps: weights times vectors; one producer warp comes on top
+    stages: int  # of the ring of weights
     stage_bytes: int
     window_stages: int
     tile_tokens: int  # cached tokens whose keys and values travel as one tile
+    cache_stages: int  # of the ring of cached tokens
+    cache_stage_bytes: int
     shared_bytes: int
 
     @property
     def threads(self) -> int:
-        return (self.warps + 1) * 32
+        return (self.vector_warps + self.warps + 1) * 32
 
     @property
     def merged_ctas(self) -> int:
@@ -115,23 +128,25 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     # Few rows a CTA (small models): smaller tiles, so that every warp has one.
     rows_each = -(-config.hidden_size // ctas)
     rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // WARPS[0])))
-    tokens_together = 32 // (config.head_dim // VECTOR)  # that a warp takes at once
-    stage_bytes = _round_up(max(rows_a_tile * row_bytes, _tile_bytes(config, tokens_together)), TENSOR_COPY_ALIGNMENT)
-    tile_tokens = tokens_together
-    while (
-        tile_tokens + tokens_together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * tokens_together)
-        and _tile_bytes(config, tile_tokens + tokens_together) <= stage_bytes
-    ):
-        tile_tokens += tokens_together
+    stage_bytes = _round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
+    vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
+    scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
+    vector_warps = min(max(vector_warps, FEWEST_VECTOR_WARPS), FEWEST_VECTOR_WARPS if scarce else MOST_VECTOR_WARPS)
+    narrow = config.hidden_size < WIDE_HIDDEN_SIZE and not scarce
+    cache_stages = 2 * vector_warps if narrow else vector_warps
+    cache_bytes = CACHE_BYTES if narrow else SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2
+    tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
+    cache_stage_bytes = _round_up(_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
     def fixed(warps: int) -> int:
-        return _fixed_shared_bytes(config, ctas, stage_bytes, warps)
+        return fixed_shared_bytes(config, ctas, stage_bytes, warps, vector_warps, cache_stages, cache_stage_bytes)
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
         return min(room, MAX_STAGES) // warps * warps
 
-    warps = max(WARPS if any(stages_with(w) > 0 for w in WARPS) else SCARCE_WARPS, key=stages_with)
+    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS]
+    warps = max(allowed if any(stages_with(w) > 0 for w in allowed) else SCARCE_WARPS, key=stages_with)
     stages = stages_with(warps)
     if stages <= 0:
         raise UnsupportedModelError(
@@ -144,30 +159,54 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         ctas=ctas,
         cluster_size=CLUSTER_SIZE,
         splits=splits,
+        vector_warps=vector_warps,
         warps=warps,
         stages=stages,
         stage_bytes=stage_bytes,
         window_stages=max(1, min(stages, WINDOW_BYTES // stage_bytes)),
         tile_tokens=tile_tokens,
+        cache_stages=cache_stages,
+        cache_stage_bytes=cache_stage_bytes,
         shared_bytes=fixed(warps) + stages * (stage_bytes + BARRIER_BYTES),
     )
     check_plan(plan)
     return plan
 
 
-def _fixed_shared_bytes(config: DecoderConfig, ctas: int, stage_bytes: int, warps: int) -> int:
-    """Shared memory beside the ring, in the order of the program's struct, with room for its padding. The program
-    asserts at compile time that its struct fits."""
+def cache_tile_tokens(config: DecoderConfig, stage_bytes: int) -> int:
+    """The most cached tokens whose tile fits `stage_bytes`, in whole passes of a warp; one pass if none does."""
+    together = 32 // (config.head_dim // VECTOR)  # that a warp takes at once
+    tokens = together
+    while (
+        tokens + together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * together)
+        and _tile_bytes(config, tokens + together) <= stage_bytes
+    ):
+        tokens += together
+    return tokens
+
+
+def fixed_shared_bytes(
+    config: DecoderConfig,
+    ctas: int,
+    stage_bytes: int,
+    warps: int,
+    vector_warps: int,
+    cache_stages: int,
+    cache_stage_bytes: int,
+) -> int:
+    """Shared memory beside the ring of weights, in the order of the program's struct, with room for its padding. The
+    program asserts at compile time that its struct fits."""
     c = config
     vector = 4 * c.hidden_size
     vectors = max(2 * vector, vector + _round_up(c.intermediate_size * ELEMENT_BYTES, 16))
     partial = 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
     down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
-    attention = 3 * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
+    attention = 3 * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
     bias_rows = sum(-(-rows // ctas) + 1 for rows in (3 * c.hidden_size, c.intermediate_size)) + 2 * out_rows
-    # o and down sums, biases, and the CTA's rows of the residual; a candidate a warp.
-    return vectors + attention + 4 * (out_rows * (2 + down_parts) + bias_rows) + 16 * warps + 512
+    # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
+    rows = 4 * (out_rows * (2 + down_parts) + bias_rows) + 16 * warps
+    return vectors + attention + rows + cache_stages * (cache_stage_bytes + BARRIER_BYTES) + 640
 
 
 def _tile_bytes(config: DecoderConfig, tokens: int) -> int:
@@ -235,7 +274,14 @@ def check_plan(plan: BlockPlan) -> None:
     _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
     _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
     _check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
-    _check(_tile_bytes(c, plan.tile_tokens) <= plan.stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens)
+    _check(
+        _tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens
+    )
+    _check(
+        plan.cache_stages % plan.vector_warps == 0, "a stage of cached tokens belongs to one warp", plan.cache_stages
+    )
+    _check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
+    _check(plan.threads <= 1024, "threads of a CTA", plan.threads)
     _check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
     _check_coverage(plan)
     _check_progress(plan)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion import reference
-from clusterfusion.jit.decoder_block import LayerArguments, LayerCache, LayerTensors, Workspace
+from clusterfusion.jit.decoder_block import KvCache, LayerArguments, LayerTensors, Workspace
 from clusterfusion.ops.layer import decoder_layer, dense, error_record
 from clusterfusion.ops.layer_checks import Form, check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
@@ -167,7 +167,7 @@ def mlp_only(
         position = torch.zeros(1, dtype=torch.int32, device=device)
         arguments = LayerArguments(
             layer=LayerTensors(down_weight=mlp_down_weight.data_ptr(), down_bias=mlp_down_bias.data_ptr()),
-            cache=LayerCache(max_len=1),  # not read; position 0 is in it
+            cache=KvCache(max_len=1),  # not read; position 0 is in it
             workspace=Workspace(h=h.data_ptr(), error=error.address),
             position=position.data_ptr(),
             middle=middle.data_ptr(),

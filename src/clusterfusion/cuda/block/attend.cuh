@@ -1,4 +1,5 @@
-// The attention phase: this CTA's part of its head, merged over the cluster; and the merge of all heads by who reads them.
+// The attention phase, on the vector warps: this CTA's part of its head, merged over the cluster; and the merge of all heads
+// by who reads them.
 #pragma once
 
 #include "block/cta.cuh"
@@ -23,22 +24,25 @@ class Attention : public CtaState<S> {
  public:
   using typename Base::Shared;
 
-  __device__ Attention(const Workspace& workspace, int position, Shared& shared)
-      : Base(workspace, position, shared), pair_(shared.pair), gather_(shared.gather) {}
+  __device__ Attention(const Workspace& workspace, const TensorMap& k_map, const TensorMap& v_map, int position, Shared& shared)
+      : Base(workspace, position, shared, 0), k_map_(k_map), v_map_(v_map),
+        tiles_(shared.cache_stages, shared.cache_barriers, this->warp_, lane_), pair_(shared.pair), gather_(shared.gather) {}
+
+  // Asks for the first cached tokens of a layer: ahead of the dependency on q, k and v.
+  __device__ void fetch_ahead(int layer) { tiles_.begin(cached_tiles(), fetcher(layer)); }
 
   // Leaves the partial of this CTA's cluster in the workspace. True where somebody has to be told: on rank 0 of a cluster.
-  template <typename Ring_>
-  __device__ bool attend(Ring_& ring, const LayerCache& cache) {
-    load_head(cache);
+  __device__ bool attend(const KvCache& cache, int layer) {
+    load_head(cache, layer);
     pair_.block_sync();
     AttentionWarp<W, Cached> mine(lane_, s_.query);
     int slot = -1;
-    ring.tiles(cached_tiles(), [&](int tile, const char* data) {
+    tiles_.tiles(cached_tiles(), fetcher(layer), [&](int tile, const char* data) {
       mine.add_tile(data, this->tile_tokens(tile));
-      slot = tile % S::kWarps;
+      slot = tile % S::kVectorWarps;
     });
     // Slots without a tile: a warp's own number cannot be used, since it depends on what ran before.
-    const int used = min(cached_tiles(), S::kWarps);
+    const int used = min(cached_tiles(), S::kVectorWarps);
     if (slot >= 0) mine.store(s_.slots + slot * kPartial);
     int count = used;
     if (split() == 0) {
@@ -55,19 +59,19 @@ class Attention : public CtaState<S> {
     const bool writes = S::kMerged == 1 || pair_.rank() == 0;
     if (writes) {
       float* to = u_.partials + (head() * S::kPartials + split() / S::kMerged) * kPartial;
-      for (int i = threadIdx.x; i < kPartial; i += S::kThreads) {
+      for (int i = this->thread_; i < kPartial; i += S::kVectorThreads) {
         const float value = merge_partials<S::kHeadDim>(gather_.result(), S::kMerged, kPartial, i < S::kHeadDim ? i : 0, scale);
         to[i] = i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
       }
       pair_.block_sync();
     }
-    if (pair_.expired() && threadIdx.x == 0) this->record_error(kClusterDependency, 0, 0);
+    if (pair_.expired() && this->thread_ == 0) this->record_error(kClusterDependency, 0, 0);
     return writes;
   }
 
   // The attention's output of all heads, merged from the partials, into shared memory.
   __device__ void load_attention(const SplitVector& to) {
-    for (int quad = threadIdx.x; quad < S::kHidden / 4; quad += S::kThreads) {
+    for (int quad = this->thread_; quad < S::kHidden / 4; quad += S::kVectorThreads) {
       const int h = quad * 4 / S::kHeadDim, dim = quad * 4 % S::kHeadDim;
       const float* partials = u_.partials + h * S::kPartials * kPartial;
       float maximum = -kInfinity;
@@ -89,11 +93,11 @@ class Attention : public CtaState<S> {
 
  private:
   // q, k and v of this CTA's head: rotated, k and v rounded as the cache holds them; q scaled. Split 0 writes the cache.
-  __device__ void load_head(const LayerCache& cache) {
+  __device__ void load_head(const KvCache& cache, int layer) {
     const float* qkv = u_.qkv + head() * 3 * S::kHeadDim;
     const float scale = rsqrtf(static_cast<float>(S::kHeadDim)) * kLog2E;
     constexpr int kHalf = S::kRotary / 2;
-    for (int i = threadIdx.x; i < S::kHeadDim; i += S::kThreads) {
+    for (int i = this->thread_; i < S::kHeadDim; i += S::kVectorThreads) {
       float q = __ldcg(qkv + i), k = __ldcg(qkv + S::kHeadDim + i);
       const float v = __ldcg(qkv + 2 * S::kHeadDim + i);
       if (i < S::kRotary) {
@@ -108,7 +112,7 @@ class Attention : public CtaState<S> {
       s_.key[i] = to_float(k_rounded);
       s_.value[i] = to_float(v_rounded);
       if (split() == 0) {
-        const cuda::std::int64_t at = head() * cache.head_stride + position_ * cache.token_stride + i;
+        const cuda::std::int64_t at = layer * cache.layer_stride + head() * cache.head_stride + position_ * cache.token_stride + i;
         static_cast<W*>(cache.k)[at] = k_rounded;
         static_cast<W*>(cache.v)[at] = v_rounded;
         if (cache.k_new != nullptr) {
@@ -128,6 +132,17 @@ class Attention : public CtaState<S> {
     if (lane_ == 0) partial[S::kHeadDim] = dot, partial[S::kHeadDim + 1] = 1.0f;
   }
 
+  // Whole tiles: of the last one, what lies beyond the position is copied and never looked at.
+  __device__ auto fetcher(int layer) const {
+    return [this, first_head = layer * S::kHeads](int tile, char* to, cuda::std::uint64_t* barrier) {
+      const int token = (split() + tile * S::kSplits) * Cached::kTokens;
+      tensor_copy(to, &k_map_, 0, token, first_head + head(), barrier);
+      tensor_copy(to + Cached::kValuesAt, &v_map_, 0, token, first_head + head(), barrier);
+    };
+  }
+
+  const TensorMap &k_map_, &v_map_;
+  OwnTiles<typename Base::CacheStages, 2 * Cached::kHalfBytes> tiles_;
   typename Base::PairTeam pair_;
   typename Base::Gather gather_;
 };

@@ -1,7 +1,7 @@
 // Where a layer's residual vector comes from and goes to. Both forms read, and write rows of, one vector after another:
 // the layer's input, for sequential residual the middle (input + attention), the output.
 //
-// read_*(cta, values): every consumer gets the elements of its quads (i * kThreads + thread), fp32, once they are there.
+// read_*(cta, values): every thread of the vector warps gets the elements of its quads (i * kThreads + thread), fp32, once they are there.
 // *_row: of a row of this CTA; write_*: a row of the next vector; middle_done: this CTA has written its rows of the middle.
 #pragma once
 
@@ -9,12 +9,14 @@
 
 namespace clusterfusion {
 
+// Vector warps are a CTA's first, so threadIdx.x is the thread in the role.
+//
 // Calls visit(quad, values + 4 * i) for the quads of a vector of kHidden elements that fall to this thread.
 template <typename S, int kItems, typename Visit>
 __device__ __forceinline__ void for_my_quads(float (&values)[kItems], Visit visit) {
 #pragma unroll
   for (int i = 0; i < kItems / 4; i++) {
-    const int quad = i * S::kThreads + threadIdx.x;
+    const int quad = i * S::kVectorThreads + threadIdx.x;
     if (quad < S::kHidden / 4) visit(quad, &values[4 * i]);
   }
 }
@@ -75,7 +77,7 @@ class ResidualStream {
 
   // This CTA's rows of version 0. The threads that will write them.
   __device__ void begin(int first, int rows) {
-    for (int row = threadIdx.x; row < rows; row += S::kThreads) {
+    for (int row = threadIdx.x; row < rows; row += S::kVectorThreads) {
       own_[row] = to_float(static_cast<const typename S::W*>(embedding_)[first + row]);
     }
   }
@@ -90,7 +92,7 @@ class ResidualStream {
     for (int first = 0; first < kItems / 4; first += kTogether) poll_quads(cta, values, first);
   }
 
-  // Every consumer, after the CTA has written its rows of the next version.
+  // Every thread of the vector warps, after the CTA has written its rows of the next version.
   __device__ void advance() { version_++; }
 
   __device__ void write(int row, int index, float value) {
@@ -126,7 +128,7 @@ class ResidualStream {
 #pragma unroll
       for (int i = first; i < first + kTogether; i++) {
         if (i >= kItems / 4) break;
-        const int quad = i * S::kThreads + threadIdx.x;
+        const int quad = i * S::kVectorThreads + threadIdx.x;
         if (quad >= S::kHidden / 4 || (there >> (i - first) & 1)) continue;
         bool complete = true;
 #pragma unroll
@@ -156,7 +158,7 @@ class ResidualStream {
     if (!done && !given_up) cta.record_error(kResidualDependency, epoch, seen);
   }
 
-  static constexpr int kTogether = 6;  // quads asked for at once: more do not fit the registers
+  static constexpr int kTogether = 4;  // quads asked for at once: more do not fit the registers
   const void* embedding_;
   unsigned long long* pairs_;
   const unsigned epoch_;

@@ -25,13 +25,13 @@ struct LayerTensors {
   const void *qkv_weight, *qkv_bias, *o_weight, *o_bias, *up_weight, *up_bias, *down_weight, *down_bias;
 };
 
-// One layer's cache. Strides in elements: head h, token t at h * head_stride + t * token_stride.
-struct LayerCache {
+// The cache of one layer or of all. Strides in elements: layer l, head h, token t at l * layer_stride + h * head_stride +
+// t * token_stride. The tensor maps count heads through all layers.
+struct KvCache {
   void *k, *v;
-  void *k_new, *v_new;                   // the current token's, [heads, head_dim], or null
-  cuda::std::int64_t head_stride, token_stride;
-  int first_head;                        // where this layer's heads start in the tensor maps
-  int max_len;                           // tokens there is room for
+  void *k_new, *v_new;                   // of one layer: the current token's, [heads, head_dim], or null
+  cuda::std::int64_t layer_stride, head_stride, token_stride;
+  cuda::std::int64_t max_len;            // tokens there is room for
 };
 
 // What launches over any layer of a model share: rotary tables, scratch memory, where to wait and to complain.
@@ -50,14 +50,14 @@ struct Workspace {
 struct LayerArguments {
   TensorMap k_map, v_map;                // of the caches, as [heads, max_len, head_dim]
   LayerTensors layer;
-  LayerCache cache;
+  KvCache cache;
   Workspace workspace;
   const int* position;                   // cached tokens before this one
   const void* x;                         // [hidden]
   void* out;                             // [hidden]
   float* middle;                         // scratch: [hidden]
 };
-static_assert(sizeof(LayerArguments) == 512, "jit/decoder_block.py lays out the same struct");
+static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
 enum Counter { kQkvDone, kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
@@ -70,18 +70,22 @@ constexpr unsigned kBadPosition = kResidualDependency + 1;  // no dependency: th
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
 // attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kHeadDim_, int kRotary_, Gelu kGelu_,
-          bool kParallel_, int kCtas_, int kCluster_, int kSplits_, int kWarps_, int kStages_, int kStageBytes_, int kWindow_,
-          int kTileTokens_, int kSharedBytes_>
+          bool kParallel_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_,
+          int kStageBytes_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
   static constexpr int kHidden = kHidden_, kIntermediate = kIntermediate_, kHeads = kHeads_, kHeadDim = kHeadDim_;
-  static constexpr int kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_, kSplits = kSplits_, kWarps = kWarps_;
+  static constexpr int kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_, kSplits = kSplits_;
+  static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWindow = kWindow_;
-  static constexpr int kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
+  static constexpr int kTileTokens = kTileTokens_, kCacheStages = kCacheStages_, kCacheStageBytes = kCacheStageBytes_;
+  static constexpr int kSharedBytes = kSharedBytes_;
   static constexpr Gelu kGelu = kGelu_;
   static constexpr bool kParallel = kParallel_;
-  static constexpr int kThreads = kWarps * kWarpSize;  // consumers; the producer warp comes after them
+  // Warps by their role, in this order: vectors, tiles, and one that fetches weights.
+  static constexpr int kVectorThreads = kVectorWarps * kWarpSize, kTileThreads = kWarps * kWarpSize;
+  static constexpr int kConsumers = kVectorThreads + kTileThreads, kThreads = kConsumers + kWarpSize;
   static constexpr int kQkvRows = 3 * kHidden;
   static_assert(kHeads * kSplits <= kCtas, "one CTA for each part of a head");
   static_assert(kSplits == 1 || kSplits % kCluster == 0, "a cluster works on one head");
@@ -106,15 +110,23 @@ __device__ __forceinline__ float load_or_zero(const void* vector, int index) {
   return vector == nullptr ? 0.0f : to_float(static_cast<const W*>(vector)[index]);
 }
 
-// A CTA's share of the work, as the producer and the consumers both see it.
+// Vector `which` of kHidden fp32 elements in shared memory.
+template <typename S>
+__device__ __forceinline__ SplitVector split_vector(char* vectors, int which) {
+  float4* base = reinterpret_cast<float4*>(vectors + which * S::kHidden * 4);
+  return {base, base + S::kHidden / kVector};
+}
+
+// A CTA's share of the work, as all its warps see it.
 template <typename S>
 class CtaShare {
  public:
   using W = typename S::W;
   using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;
   using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
-  using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kStageBytes>;
-  using RingType = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
+  using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kCacheStageBytes>;
+  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
+  using CacheStages = OwnStages<S::kCacheStages, S::kCacheStageBytes, S::kVectorWarps>;
   // The most rows that a CTA can have of a matrix.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
 
@@ -123,11 +135,6 @@ class CtaShare {
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
-  // Half of the up projection waits behind attention, to cover the dependency on q, k and v.
-  static __device__ int up_before(int rows) {
-    const int half = rows / 2;
-    return HiddenTiles::kParts > 1 ? half : half / HiddenTiles::kRows * HiddenTiles::kRows;
-  }
   __device__ bool attends() const { return cta_ < S::kHeads * S::kSplits; }
   __device__ int head() const { return cta_ / S::kSplits; }
   __device__ int split() const { return cta_ % S::kSplits; }

@@ -1,12 +1,14 @@
-// When a CTA passed which point of a layer, as thread 0 saw it. NoTrace takes its place in ordinary launches.
+// When a CTA passed which point of a layer, as the first thread of a role saw it. NoTrace takes its place in ordinary launches.
 #pragma once
 
 namespace clusterfusion {
 
-// In the order of a layer with parallel residual. The names are those of plan/trace.py.
+// The order of plan/trace.py: vector warps' events, tile warps' events, and a duration.
 enum class TraceEvent {
-  begin, residual_read, normed, qkv_done, attention_wait, attention_begin, attention_done, up_done, output_wait, output_begin,
-  output_done, down_wait, down_begin, down_done, end, data_waited, count
+  begin, residual_read, normed, attention_wait, attention_begin, attention_done, output_wait, output_begin, output_ready,
+  down_wait, down_begin, down_ready, sums_wait, published,
+  qkv_wait, qkv_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
+  data_waited, count
 };
 constexpr int kTraceEvents = static_cast<int>(TraceEvent::count);
 
@@ -21,17 +23,20 @@ struct NoTrace {
 class Trace {
  public:
   static constexpr bool kOn = true;
-  __device__ Trace(long long* record, int layers) : of_cta_(record + static_cast<long long>(blockIdx.x) * (layers + 1) * kTraceEvents) {}
+  __device__ Trace(long long* record, int layers, unsigned first_thread)
+      : of_cta_(record + static_cast<long long>(blockIdx.x) * (layers + 1) * kTraceEvents), at_(of_cta_),
+        records_(threadIdx.x == first_thread) {}
   __device__ void layer(int layer) { at_ = of_cta_ + layer * kTraceEvents; }
   __device__ void mark(TraceEvent event) {
-    if (threadIdx.x == 0) record(event, clock64());
+    if (records_) record(event, clock64());
   }
   __device__ void record(TraceEvent event, long long value) {
-    if (threadIdx.x == 0) at_[static_cast<int>(event)] = value;
+    if (records_) at_[static_cast<int>(event)] = value;
   }
 
  private:
-  long long *of_cta_, *at_ = nullptr;
+  long long *of_cta_, *at_;
+  bool records_;
 };
 
 }  // namespace clusterfusion

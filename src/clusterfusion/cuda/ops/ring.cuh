@@ -52,9 +52,6 @@ class RingProducer {
   __device__ __forceinline__ void copy(void* to, const void* from, unsigned bytes) {
     bulk_copy(to, from, bytes, &barriers_.full[stage_]);
   }
-  __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int middle, int outer) {
-    tensor_copy(to, map, 0, middle, outer, &barriers_.full[stage_]);
-  }
   __device__ __forceinline__ void end() {
     if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
   }
@@ -103,6 +100,71 @@ class RingConsumer {
   int lane_, stage_, next_, first_ = 0;
   unsigned parity_ = 0;
   long long waited_ = 0;
+};
+
+// Stages that warps fill for themselves: tile t of a phase goes to warp t % kWarps, into its stage t % kStages. A warp asks
+// for the tile after next in a stage when it has done with it, so stages need no word that they are free.
+template <int kStages_, int kStageBytes_, int kWarps_>
+struct OwnStages {
+  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWarps = kWarps_;
+  static_assert(kStages % kWarps == 0, "a stage belongs to one warp");
+  static_assert(kStageBytes % 128 == 0, "stages keep their alignment");
+  static constexpr int kOwn = kStages / kWarps;  // stages of a warp
+
+  struct Barriers {
+    cuda::std::uint64_t full[kStages];
+  };
+
+  static __device__ __forceinline__ void init(Barriers& barriers) {  // one thread; mbarrier_init_fence follows
+    for (int stage = 0; stage < kStages; stage++) mbarrier_init(&barriers.full[stage], 1);
+  }
+};
+
+// One warp's stages. In every phase begin comes first, then, when the tiles are wanted, tiles. `fetch(tile, to, barrier)` has
+// one lane issue the copies of a tile of the phase, kTileBytes in all.
+template <typename Stages, unsigned kTileBytes>
+class OwnTiles {
+ public:
+  __device__ OwnTiles(char* stages, typename Stages::Barriers& barriers, int warp, int lane)
+      : stages_(stages), barriers_(barriers), warp_(warp), lane_(lane) {}
+
+  // Asks for this warp's first tiles of a phase of `count`.
+  template <typename Fetch>
+  __device__ __forceinline__ void begin(int count, Fetch fetch) {
+    for (int own = 0; own < Stages::kOwn; own++) {
+      const int tile = warp_ + own * Stages::kWarps;
+      if (tile < count) ask(tile, fetch);
+    }
+  }
+
+  // Calls visit(tile, data) for all of this warp's tiles of the phase.
+  template <typename Fetch, typename Visit>
+  __device__ __forceinline__ void tiles(int count, Fetch fetch, Visit visit) {
+    for (int tile = warp_; tile < count; tile += Stages::kWarps) {
+      const int stage = tile % Stages::kStages;
+      const unsigned own = stage / Stages::kWarps;
+      mbarrier_wait_local(&barriers_.full[stage], parities_ >> own & 1);
+      parities_ ^= 1u << own;
+      visit(tile, stages_ + stage * Stages::kStageBytes);
+      __syncwarp();
+      if (tile + Stages::kStages < count) ask(tile + Stages::kStages, fetch);
+    }
+  }
+
+ private:
+  template <typename Fetch>
+  __device__ __forceinline__ void ask(int tile, Fetch fetch) {
+    const int stage = tile % Stages::kStages;
+    if (lane_ == 0) {
+      mbarrier_arrive_expect(&barriers_.full[stage], kTileBytes);
+      fetch(tile, stages_ + stage * Stages::kStageBytes, &barriers_.full[stage]);
+    }
+  }
+
+  char* stages_;
+  typename Stages::Barriers& barriers_;
+  int warp_, lane_;
+  unsigned parities_ = 0;  // of each own stage's next phase
 };
 
 }  // namespace clusterfusion

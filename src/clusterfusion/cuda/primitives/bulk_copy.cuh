@@ -22,6 +22,9 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsi
       : "memory");
 }
 
+// Orders this thread's later copies behind what it has seen written by ordinary stores.
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // A tensor map (CUtensorMap), encoded by the driver on the host; a kernel gets it as a __grid_constant__ parameter.
 struct alignas(128) TensorMap {
   char opaque[128];

@@ -3,8 +3,9 @@
 // Host twin: jit/decode_step.py. Plan: plan/step.py.
 #include <cuda/std/type_traits>
 
-#include "block/consumer.cuh"
 #include "block/producer.cuh"
+#include "block/tiles.cuh"
+#include "block/vectors.cuh"
 #include "primitives/launch_order.cuh"
 #include "step/arguments.cuh"
 #include "step/choose.cuh"
@@ -25,37 +26,46 @@ __device__ void trace_clocks(long long* trace, int layers, int which) {
 }
 
 template <bool kOn>
-__device__ auto make_trace(long long* record, int layers) {
+__device__ auto make_trace(long long* record, int layers, unsigned first_thread) {
   if constexpr (kOn) {
-    return Trace(record, layers);
+    return Trace(record, layers, first_thread);
   } else {
     return NoTrace();
   }
 }
 
-// This CTA's likeliest token joins the others'; the last CTA to come here chooses among them.
-template <typename S, int kLayers>
-__device__ void choose_token(CtaState<S>& cta, const StepArguments<kLayers>& a, Candidate mine) {
-  Candidate* of_warp = reinterpret_cast<Candidate*>(cta.shared().best);
+// The likeliest token of this CTA's logits joins the others'; the last CTA to come here chooses among them. Tile warps.
+template <typename S, typename Tracer, int kLayers>
+__device__ void choose_token(TileWarps<S, Tracer>& tiles, const StepArguments<kLayers>& a) {
+  Candidate* of_warp = reinterpret_cast<Candidate*>(tiles.shared().best);
+  const int thread = threadIdx.x - S::kVectorThreads;
+  tiles.tiles_sync();  // behind the stores of all this CTA's logits
+  Candidate mine = no_candidate();
+  const int last = first_row<S::kCtas>(a.vocabulary, blockIdx.x + 1);
+  for (int index = first_row<S::kCtas>(a.vocabulary, blockIdx.x) + thread; index < last; index += S::kTileThreads) {
+    const float logit = __ldcg(a.logits + index);
+    const Candidate other{a.temperature > 0 ? logit / a.temperature + gumbel(a.seed, a.position + 1, index) : logit, index};
+    if (beats(other, mine)) mine = other;
+  }
   mine = warp_best(mine);
-  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
-  cta.block_sync();
-  if (threadIdx.x >= kWarpSize) return;
-  mine = warp_best(threadIdx.x < S::kWarps ? of_warp[threadIdx.x] : no_candidate());
+  if (thread % kWarpSize == 0) of_warp[thread / kWarpSize] = mine;
+  tiles.tiles_sync();
+  if (thread >= kWarpSize) return;
+  mine = warp_best(thread < S::kWarps ? of_warp[thread] : no_candidate());
   unsigned before = 0;
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     a.candidates[blockIdx.x] = mine;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&a.state->arrivals) : "memory");
   }
   __syncwarp();  // what lane 0 has acquired is the others' too
   before = __shfl_sync(kAllLanes, before, 0);
   if (before + 1 != (a.launch + 1) * S::kCtas) return;
-  for (int i = threadIdx.x; i < S::kCtas; i += kWarpSize) {
+  for (int i = thread; i < S::kCtas; i += kWarpSize) {
     const Candidate other{__ldcg(&a.candidates[i].score), __ldcg(&a.candidates[i].token)};
     if (beats(other, mine)) mine = other;
   }
   mine = warp_best(mine);
-  if (threadIdx.x != 0) return;
+  if (thread != 0) return;
   const int token = isfinite(mine.score) ? mine.token : kNoToken;
   a.state->token = token;
   *const_cast<volatile int*>(a.chosen) = token;
@@ -63,19 +73,18 @@ __device__ void choose_token(CtaState<S>& cta, const StepArguments<kLayers>& a, 
 }
 
 // kFaultCta: for tests, a CTA that never arrives for its part of h; -1 for none.
-// Grid: S::kCtas CTAs in clusters of S::kCluster, all resident together; S::kWarps consumer warps and one producer warp.
-// Dynamic shared memory: S::kSharedBytes.
+// Grid: S::kCtas CTAs of S::kThreads threads in clusters of S::kCluster, all resident together. Dynamic shared memory:
+// S::kSharedBytes.
 template <typename S, int kLayers, bool kTrace, int kFaultCta>
-__global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decode_step(const __grid_constant__ StepArguments<kLayers> a) {
+__global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_constant__ StepArguments<kLayers> a) {
   extern __shared__ __align__(128) char memory[];
   using Tracer = cuda::std::conditional_t<kTrace, Trace, NoTrace>;
-  using Consumer = LayerConsumer<S, Tracer>;
+  using Shared = typename CtaState<S>::Shared;
   using W = typename S::W;
-  static_assert(sizeof(typename Consumer::Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
-  constexpr unsigned kVersions = kLayers * (S::kParallel ? 1 : 2) + 1;  // of the residual vector in a step
-  auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
+  static_assert(sizeof(Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    Consumer::init(shared);
+    CtaState<S>::init(shared);
     trace_clocks<kTrace>(a.trace, kLayers, 0);
   }
   __syncthreads();
@@ -83,50 +92,51 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decode_step(const 
     cluster_arrive_relaxed();
     cluster_wait();
   }
-  if (threadIdx.x >= S::kThreads) {
-    if (threadIdx.x == S::kThreads) {
-      LayerProducer<S> producer(a.position, shared.stages, shared.ring);
+  if (threadIdx.x >= S::kConsumers) {
+    if (threadIdx.x == S::kConsumers) {  // weights never change
+      WeightProducer<S> producer(shared.stages, shared.ring);
 #pragma unroll 1
-      for (int layer = 0; layer < kLayers; layer++) {
-        // Weights never change; the last step wrote a row of every layer's cache.
-        producer.template run<Segment::whole>(a.layers[layer], a.k_map, a.v_map, layer * S::kHeads, [&] {
-          if (layer == 0) wait_for_previous_launch();
-        });
-      }
+      for (int layer = 0; layer < kLayers; layer++) producer.template run<Segment::whole>(a.layers[layer]);
       producer.vocabulary(a.lm_head, a.vocabulary);
     }
     return;
   }
   wait_for_previous_launch();
   let_next_launch_start();
-  int token = a.token == kNoToken ? __ldcg(&a.state->token) : a.token;
-  if (token < 0 || token >= a.vocabulary) token = 0;  // the last step chose none: its reader knows, and this one is void
-  Tracer trace = make_trace<kTrace>(a.trace, kLayers);
-  Consumer consumer(a.workspace, a.position, shared, trace);
-  const int first = first_row<S::kCtas>(S::kHidden, blockIdx.x);
-  ResidualStream<S> residual(static_cast<const W*>(a.embedding) + static_cast<cuda::std::int64_t>(token) * S::kHidden, a.pairs,
-                             a.launch * kVersions, shared.residual);
-  residual.begin(first, first_row<S::kCtas>(S::kHidden, blockIdx.x + 1) - first);
-  LayerCache cache = a.cache;
+  if (threadIdx.x < S::kVectorThreads) {
+    async_proxy_fence();  // the last step wrote a row of every layer's cache
+    constexpr unsigned kVersions = kLayers * (S::kParallel ? 1 : 2) + 1;  // of the residual vector in a step
+    int token = a.token == kNoToken ? __ldcg(&a.state->token) : a.token;
+    if (token < 0 || token >= a.vocabulary) token = 0;  // the last step chose none: its reader knows, and this one is void
+    Tracer trace = make_trace<kTrace>(a.trace, kLayers, 0);
+    VectorWarps<S, Tracer> vectors(a.workspace, a.k_map, a.v_map, a.position, shared, trace);
+    const int first = first_row<S::kCtas>(S::kHidden, blockIdx.x);
+    ResidualStream<S> residual(static_cast<const W*>(a.embedding) + static_cast<cuda::std::int64_t>(token) * S::kHidden,
+                               a.pairs, a.launch * kVersions, shared.residual);
+    residual.begin(first, first_row<S::kCtas>(S::kHidden, blockIdx.x + 1) - first);
 #pragma unroll 1
-  for (int layer = 0; layer < kLayers; layer++) {
-    const unsigned rounds = a.launch * kLayers + layer + 1;
-    trace.layer(layer);
-    consumer.template run<Segment::whole, kFaultCta>(
-        a.layers[layer], cache, residual, LayerTargets{rounds * S::kCtas, rounds * (S::kHeads * S::kPartials)});
-    residual.advance();
-    cache.k = static_cast<W*>(cache.k) + a.layer_stride;
-    cache.v = static_cast<W*>(cache.v) + a.layer_stride;
+    for (int layer = 0; layer < kLayers; layer++) {
+      const unsigned rounds = a.launch * kLayers + layer + 1;
+      trace.layer(layer);
+      vectors.template run<Segment::whole>(
+          a.layers[layer], a.cache, residual, LayerTargets{rounds * S::kCtas, rounds * (S::kHeads * S::kPartials)}, layer);
+      residual.advance();
+    }
+    trace.layer(kLayers);
+    vectors.final_norm(a.norm_weight, a.norm_bias, residual);
+  } else {
+    Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kVectorThreads);
+    TileWarps<S, Tracer> tiles(a.workspace, a.position, shared, trace);
+#pragma unroll 1
+    for (int layer = 0; layer < kLayers; layer++) {
+      trace.layer(layer);
+      tiles.template run<Segment::whole, kFaultCta>(layer);
+    }
+    trace.layer(kLayers);
+    tiles.vocabulary(a.vocabulary, kLayers, [&](int index, float logit) { a.logits[index] = logit; });
+    choose_token(tiles, a);
+    if (threadIdx.x == S::kVectorThreads) trace_clocks<kTrace>(a.trace, kLayers, 1);
   }
-  trace.layer(kLayers);
-  Candidate best = no_candidate();
-  consumer.vocabulary(a.norm_weight, a.norm_bias, a.vocabulary, residual, [&](int index, float logit) {
-    a.logits[index] = logit;
-    const Candidate candidate{a.temperature > 0 ? logit / a.temperature + gumbel(a.seed, a.position + 1, index) : logit, index};
-    if (beats(candidate, best)) best = candidate;
-  });
-  choose_token<S, kLayers>(consumer, a, best);
-  if (threadIdx.x == 0) trace_clocks<kTrace>(a.trace, kLayers, 1);
   if constexpr (S::kCluster > 1) {  // as in decoder_block
     cluster_arrive_relaxed();
     cluster_wait();

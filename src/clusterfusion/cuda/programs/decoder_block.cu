@@ -1,7 +1,8 @@
 // decoder_block: one GPT-NeoX decoder layer at one token, as one cooperative launch with clusters, or cut into segments.
 // Host twin: jit/decoder_block.py. Plan: plan/block.py.
-#include "block/consumer.cuh"
 #include "block/producer.cuh"
+#include "block/tiles.cuh"
+#include "block/vectors.cuh"
 #include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
@@ -15,7 +16,7 @@ __device__ void refuse(CtaState<S>& cta, const LayerArguments& arguments, int po
   constexpr float kNaN = cuda::std::numeric_limits<float>::quiet_NaN();
   constexpr bool kWritesOut = S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract);
   const int last = first_row<S::kCtas>(S::kHidden, blockIdx.x + 1);
-  for (int i = first_row<S::kCtas>(S::kHidden, blockIdx.x) + threadIdx.x; i < last; i += S::kThreads) {
+  for (int i = first_row<S::kCtas>(S::kHidden, blockIdx.x) + threadIdx.x; i < last; i += S::kVectorThreads) {
     if constexpr (kWritesOut) static_cast<X*>(arguments.out)[i] = from_float<X>(kNaN);
     if (runs<kSegment>(Segment::attend) && arguments.cache.k_new != nullptr) {
       static_cast<W*>(arguments.cache.k_new)[i] = from_float<W>(kNaN);
@@ -24,17 +25,17 @@ __device__ void refuse(CtaState<S>& cta, const LayerArguments& arguments, int po
   }
 }
 
-// Grid: S::kCtas CTAs in clusters of S::kCluster; S::kWarps consumer warps and one producer warp. Segment::whole needs all
-// CTAs resident together. Dynamic shared memory: S::kSharedBytes.
+// Grid: S::kCtas CTAs of S::kThreads threads in clusters of S::kCluster. Segment::whole needs all CTAs resident together.
+// Dynamic shared memory: S::kSharedBytes.
 template <typename S, Segment kSegment>
-__global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(const __grid_constant__ LayerArguments arguments) {
+__global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_constant__ LayerArguments arguments) {
   extern __shared__ __align__(128) char memory[];
-  using Consumer = LayerConsumer<S>;
   constexpr bool kWhole = kSegment == Segment::whole;
-  static_assert(sizeof(typename Consumer::Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
-  auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
+  using Shared = typename CtaState<S>::Shared;
+  static_assert(sizeof(Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    Consumer::init(shared);
+    CtaState<S>::init(shared);
     shared.position = *arguments.position;
   }
   __syncthreads();
@@ -44,37 +45,40 @@ __global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) decoder_block(cons
   }
   const int position = shared.position;
   const bool in_cache = position >= 0 && position < arguments.cache.max_len;
-  if (threadIdx.x >= S::kThreads) {
-    // Reads weights and older tokens only: it need not wait for the launch before this one.
-    if (in_cache && threadIdx.x == S::kThreads) {
-      LayerProducer<S>(position, shared.stages, shared.ring)
-          .template run<kSegment>(arguments.layer, arguments.k_map, arguments.v_map, arguments.cache.first_head, [] {});
+  if (threadIdx.x >= S::kConsumers) {
+    // Reads weights only: it need not wait for the launch before this one.
+    if (in_cache && threadIdx.x == S::kConsumers) {
+      WeightProducer<S>(shared.stages, shared.ring).template run<kSegment>(arguments.layer);
     }
+    return;
+  }
+  wait_for_previous_launch();
+  let_next_launch_start();
+  NoTrace trace;
+  if (threadIdx.x >= S::kVectorThreads) {
+    if (in_cache) TileWarps<S>(arguments.workspace, position, shared, trace).template run<kSegment>(0);
   } else {
-    wait_for_previous_launch();
-    let_next_launch_start();
-    NoTrace trace;
-    Consumer consumer(arguments.workspace, position, shared, trace);
+    VectorWarps<S> vectors(arguments.workspace, arguments.k_map, arguments.v_map, position, shared, trace);
     if (in_cache) {
-      // Where the counters will be once all have arrived in this launch. Read before this CTA arrives anywhere, and nobody
-      // arrives at these two before all CTAs have arrived for q, k and v.
+      // Where the counters will be once all have arrived in this launch. Read before this CTA arrives anywhere for attention,
+      // and nobody counts a launch as done before all CTAs have.
       LayerTargets targets{};
       if constexpr (kWhole) {
-        targets.all_ctas = __ldcg(consumer.counter(kLaunchDone)) + S::kCtas;
-        targets.all_heads = __ldcg(consumer.counter(kAttentionDone)) + S::kHeads * S::kPartials;
+        targets.all_ctas = __ldcg(vectors.counter(kLaunchDone)) + S::kCtas;
+        targets.all_heads = __ldcg(vectors.counter(kAttentionDone)) + S::kHeads * S::kPartials;
       }
       LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);
-      consumer.template run<kSegment>(arguments.layer, arguments.cache, residual, targets);
-      if (kWhole && threadIdx.x == 0) grid_count(consumer.counter(kLaunchDone));
+      vectors.template run<kSegment>(arguments.layer, arguments.cache, residual, targets, 0);
+      if (kWhole && threadIdx.x == 0) grid_count(vectors.counter(kLaunchDone));
     } else {
-      refuse<S, kSegment>(consumer, arguments, position);
+      refuse<S, kSegment>(vectors, arguments, position);
     }
-    // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
-    // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.
-    if constexpr (S::kCluster > 1) {
-      cluster_arrive_relaxed();
-      cluster_wait();
-    }
+  }
+  // No CTA of a cluster leaves before its peers. The collectives do not need it; compute-sanitizer's racecheck, which
+  // does not follow mbarriers from CTA to CTA, does. Threads that have left, as the producer warp has, are not waited for.
+  if constexpr (S::kCluster > 1) {
+    cluster_arrive_relaxed();
+    cluster_wait();
   }
 }
 

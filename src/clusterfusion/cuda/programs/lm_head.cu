@@ -1,7 +1,8 @@
 // lm_head: the final norm and the rows of the LM head on a residual vector: the end of a step in split, fused and graph mode,
 // from the device functions of decode_step, so that all modes give the same bits. Host twin: jit/lm_head.py.
-#include "block/consumer.cuh"
 #include "block/producer.cuh"
+#include "block/tiles.cuh"
+#include "block/vectors.cuh"
 #include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
@@ -24,26 +25,30 @@ struct FinalResidual {
   }
 };
 
-// Grid: S::kCtas CTAs; S::kWarps consumer warps and one producer warp. Dynamic shared memory: S::kSharedBytes.
+// Grid: S::kCtas CTAs of S::kThreads threads. Dynamic shared memory: S::kSharedBytes.
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads + kWarpSize, 1) lm_head(const __grid_constant__ HeadArguments arguments) {
+__global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant__ HeadArguments arguments) {
   extern __shared__ __align__(128) char memory[];
-  using Consumer = LayerConsumer<S>;
-  auto& shared = *reinterpret_cast<typename Consumer::Shared*>(memory);
-  if (threadIdx.x == 0) Consumer::init(shared);
+  auto& shared = *reinterpret_cast<typename CtaState<S>::Shared*>(memory);
+  if (threadIdx.x == 0) CtaState<S>::init(shared);
   __syncthreads();
-  if (threadIdx.x >= S::kThreads) {
-    if (threadIdx.x == S::kThreads) {
-      LayerProducer<S>(0, shared.stages, shared.ring).vocabulary(arguments.lm_head, arguments.vocabulary);
+  if (threadIdx.x >= S::kConsumers) {
+    if (threadIdx.x == S::kConsumers) {
+      WeightProducer<S>(shared.stages, shared.ring).vocabulary(arguments.lm_head, arguments.vocabulary);
     }
-  } else {
-    wait_for_previous_launch();
-    let_next_launch_start();
-    NoTrace trace;
-    Consumer consumer(arguments.workspace, 0, shared, trace);
+    return;
+  }
+  wait_for_previous_launch();
+  let_next_launch_start();
+  NoTrace trace;
+  if (threadIdx.x < S::kVectorThreads) {
     FinalResidual<S> residual{arguments.x};
-    consumer.vocabulary(arguments.norm_weight, arguments.norm_bias, arguments.vocabulary, residual,
-                        [&](int index, float logit) { arguments.logits[index] = logit; });
+    const TensorMap none{};  // nothing attends
+    VectorWarps<S>(arguments.workspace, none, none, 0, shared, trace).final_norm(arguments.norm_weight, arguments.norm_bias, residual);
+  } else {
+    TileWarps<S>(arguments.workspace, 0, shared, trace).vocabulary(arguments.vocabulary, 0, [&](int index, float logit) {
+      arguments.logits[index] = logit;
+    });
   }
 }
 

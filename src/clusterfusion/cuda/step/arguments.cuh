@@ -19,8 +19,7 @@ template <int kLayers>
 struct StepArguments {
   TensorMap k_map, v_map;                              // of the whole caches, as [layers * heads, max_len, head_dim]
   Workspace workspace;
-  LayerCache cache;                                    // of layer 0
-  cuda::std::int64_t layer_stride;                     // from layer to layer, in elements
+  KvCache cache;
   const void *embedding, *norm_weight, *norm_bias, *lm_head;
   unsigned long long* pairs;                           // [2, hidden] of ResidualStream
   float* logits;                                       // [vocabulary]

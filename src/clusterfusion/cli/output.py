@@ -1,0 +1,89 @@
+"""What commands that measure have in common: arguments, files tried before and written whole, progress, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clusterfusion.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_DIFFERENT = 3  # measured, and found different where it must not be: neither an error (1) nor a usage error (2)
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_WIDTH = 120  # the table whole, whatever the terminal
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
+]
+RandomWeights = Annotated[
+    str | None,
+    typer.Option("--random-weights", help="A named shape instead of MODEL, with random weights.", metavar="SHAPE"),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write everything to this file as JSON.", metavar="FILE")
+]
+
+
+def check_writable(file: Path | None, option: str = "--json") -> None:
+    """Try the file before anything is measured. Raises ArgumentError naming `option`."""
+    if file is None:
+        return
+    try:
+        was_there = file.exists()
+        file.open("a", encoding="utf-8").close()
+        if not was_there:
+            file.unlink()
+    except OSError as error:
+        raise ArgumentError(
+            f"{option} is {str(file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
+            "that exists"
+        ) from error
+
+
+def progress_lines() -> Callable[[str], None]:
+    """Lines on stderr, each with the seconds since now."""
+    began = time.monotonic()
+    return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
+
+
+def command_line() -> str:
+    """The command as a shell would take it."""
+    return shlex.join(["clusterfusion", *sys.argv[1:]])
+
+
+def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[str], None], note: str = "") -> None:
+    """Write `report` to `file`, if there is one, and say so."""
+    if file is not None:
+        write_whole(file, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        progress(f"written to {file}{note}")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write under another name and rename: whoever interrupts this leaves the file as it was, or the new one."""
+    file = file.resolve()
+    if file.exists() and not file.is_file():  # a device or a pipe, which must not be replaced
+        file.write_text(text, encoding="utf-8")
+        return
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def report_console() -> Console:
+    """Stdout, wide enough for any table."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, _WIDTH), highlight=False, markup=False)

@@ -1,0 +1,124 @@
+// The tile warps' side of a decoder layer: rows of weights times a vector, and what one row's sum needs.
+#pragma once
+
+#include "block/cta.cuh"
+#include "block/trace.cuh"
+#include "primitives/named_barrier.cuh"
+
+namespace clusterfusion {
+
+template <typename S, typename Tracer = NoTrace>
+class TileWarps : public CtaState<S> {
+  using Base = CtaState<S>;
+  using typename Base::DownTiles;
+  using typename Base::HiddenTiles;
+  using typename Base::W;
+  using Base::kUpBias;
+  using Base::kVectorBytes;
+  using Base::lane_;
+  using Base::rows_from;
+  using Base::rows_to;
+  using Base::s_;
+  using Base::u_;
+
+ public:
+  using typename Base::Shared;
+
+  __device__ TileWarps(const Workspace& workspace, int position, Shared& shared, Tracer& trace)
+      : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_, lane_),
+        trace_(trace) {}
+
+  // One layer, or a segment of it. kFaultCta, for tests: that CTA never arrives for its part of h.
+  template <Segment kSegment, int kFaultCta = -1>
+  __device__ void run(unsigned round) {
+    constexpr bool kWhole = kSegment == Segment::whole;
+    const SplitVector x1 = split_vector<S>(s_.vectors, 0);
+    const int out_rows = rows_to(S::kHidden) - rows_from(S::kHidden);
+    if constexpr (runs<kSegment>(Segment::project)) {
+      trace_.mark(TraceEvent::qkv_wait);
+      this->await(kNormed, round);
+      trace_.mark(TraceEvent::qkv_begin);
+      const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
+      gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) { u_.qkv[first + row] = value + s_.biases[row]; });
+      if constexpr (kWhole) warp_done(0, kQkvDone);
+      trace_.mark(TraceEvent::qkv_done);
+      if constexpr (S::kParallel) up<kWhole, kFaultCta>();
+    }
+    if constexpr (runs<kSegment>(Segment::output)) {
+      trace_.mark(TraceEvent::o_wait);
+      this->await(kAttended, round);
+      trace_.mark(TraceEvent::o_begin);
+      gemv_parts<HiddenTiles>(out_rows, x1, s_.o_sums);
+      if constexpr (!S::kParallel) this->signal(kOutputSums);
+      trace_.mark(TraceEvent::o_done);
+    }
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
+      this->await(kMiddleNormed, round);
+      up<kWhole, kFaultCta>();
+    }
+    if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
+      trace_.mark(TraceEvent::down_tiles_wait);
+      this->await(kHidden, round);
+      trace_.mark(TraceEvent::down_tiles_begin);
+      gemv_parts<DownTiles>(out_rows, PackedVector<W>{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)}, s_.down_sums);
+      this->signal(kDownSums);
+      trace_.mark(TraceEvent::down_tiles_done);
+    }
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
+  }
+
+  // The LM head: calls out(index, logit) on one lane for each of this CTA's rows of the vocabulary.
+  template <typename Out>
+  __device__ void vocabulary(int vocabulary_rows, unsigned round, Out out) {
+    trace_.mark(TraceEvent::qkv_wait);
+    this->await(kNormed, round);
+    trace_.mark(TraceEvent::qkv_begin);
+    const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
+    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), [&](int row, float value) { out(first + row, value); });
+    trace_.mark(TraceEvent::qkv_done);
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
+  }
+
+  __device__ void tiles_sync() { named_barrier_sync<2, S::kTileThreads>(); }
+
+ private:
+  template <bool kWhole, int kFaultCta>
+  __device__ void up() {
+    const int first = rows_from(S::kIntermediate), rows = rows_to(S::kIntermediate) - first;
+    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 1), [&](int row, float value) {
+      static_cast<W*>(u_.h)[first + row] = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
+    });
+    if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(1, kHiddenDone);
+    trace_.mark(TraceEvent::up_done);
+  }
+
+  // Rows that one lane can finish at once: calls out(row, value).
+  template <typename Tiles, typename V, typename Out>
+  __device__ void gemv_rows(int rows, const V& x, Out out) {
+    static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
+    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int, float value) { out(row, value); });
+  }
+
+  template <typename Tiles, typename V>
+  __device__ void gemv_parts(int rows, const V& x, float* sums) {
+    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
+  }
+
+  // The last tile warp of the CTA to come here arrives for the CTA.
+  __device__ void warp_done(int which, Counter arrival) {
+    __syncwarp();
+    if (lane_ == 0) {
+      unsigned before;
+      asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
+                   : "=r"(before)
+                   : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&s_.warps_done[which])))
+                   : "memory");
+      if ((before + 1) % S::kWarps == 0) grid_arrive(this->counter(arrival));  // a CTA's warps meet in between
+    }
+  }
+
+  RingConsumer<typename Base::WeightRing, Tracer::kOn> ring_;
+  Tracer& trace_;
+};
+
+}  // namespace clusterfusion

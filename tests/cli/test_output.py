@@ -1,0 +1,64 @@
+"""Files that measurements write: tried before, whole after."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clusterfusion.cli.output import check_writable, write_json, write_whole
+from clusterfusion.errors import ArgumentError
+
+
+def test_a_trial_leaves_nothing_behind_and_keeps_what_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    check_writable(file)
+    assert not file.exists()
+    file.write_text("kept")
+    check_writable(file)
+    assert file.read_text() == "kept"
+    with pytest.raises(ArgumentError, match="--markdown is '.*', which cannot be written"):
+        check_writable(tmp_path / "no" / "table.md", "--markdown")
+
+
+def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    write_whole(file, "old")
+
+    def interrupt(self: Path, text: str, encoding: str) -> None:
+        with self.open("w", encoding=encoding) as stream:
+            stream.write(text[:2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(file, "new text")
+    assert file.read_text() == "old"
+    write_whole(file, "new text")
+    assert file.read_text() == "new text"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_whole(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_json_is_said_to_be_written(tmp_path: Path) -> None:
+    said: list[str] = []
+    write_json(None, {}, said.append)
+    assert said == []
+    write_json(tmp_path / "x.json", {"a": 1}, said.append, ", with 1 of 2 contexts")
+    assert said == [f"written to {tmp_path / 'x.json'}, with 1 of 2 contexts"]
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}\n'
