@@ -34,6 +34,7 @@ MEND = "on a machine with an NVIDIA GPU (compute capability 9.0 or newer): make 
 # Every source that decides what runs on the GPU, as globs from the repository's root. `**` matches folders of any depth.
 SOURCES = (
     "src/clusterfusion/architecture.py",
+    "src/clusterfusion/arguments.py",
     "src/clusterfusion/checkpoint.py",
     "src/clusterfusion/config_json.py",
     "src/clusterfusion/cuda/**/*",

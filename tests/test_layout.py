@@ -34,7 +34,7 @@ TIERS = (
     ("plan",),
     ("reference", "checkpoint", "random_weights"),
     ("weights", "config_json", "named_shapes"),
-    ("architecture",),
+    ("architecture", "arguments"),
     ("errors",),
 )
 # Units held to less than their tier would allow.

@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import clusterfusion
 from clusterfusion.errors import ArgumentError
+from clusterfusion.seed_api.graph_context import _Replayer
 
 ROOM = 24
 NAMES = (
@@ -229,6 +231,61 @@ def test_caches_may_have_rows_apart() -> None:
     assert wide["v_cache"][7, :2560].eq(1).all() and not wide["v_cache"][:, 2560:].any()
 
 
+@pytest.mark.parametrize("name", ["decoder_layer", "attention_only", "graph_decode_step"])
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array])
+def test_integers_of_another_library(name: str, integer: Callable[[int], Any]) -> None:
+    given = blank("pythia_2b8") | {"bias_qkv": torch.ones(3 * 2560, dtype=torch.float16)}
+    call("pythia_2b8", "create_graph_context", given, ctx_id=integer(1), max_seq_len=integer(ROOM))
+    try:
+        call("pythia_2b8", name, given, ctx_id=1, current_seq_len=integer(7))
+        assert given["v_cache"][7].eq(1).all() and not given["v_cache"][8:].any()
+    finally:
+        call("pythia_2b8", "destroy_graph_context", given, ctx_id=integer(1))
+
+
+@pytest.mark.parametrize("name", ["decoder_layer", "attention_only", "mlp_only", "graph_decode_step"])
+def test_autocast_changes_nothing(case: tuple[str, dict[str, Any]], name: str) -> None:
+    model, plain, other = case[0], with_fresh_caches(case[1]), with_fresh_caches(case[1], ctx_id=2)
+    for given in (plain, other):
+        call(model, "create_graph_context", given)
+    try:
+        expected = call(model, name, plain)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = call(model, name, other)
+    finally:
+        for given in (plain, other):
+            call(model, "destroy_graph_context", given)
+    pairs = [(got, expected)] if name == "mlp_only" else list(zip(got, expected, strict=True))
+    pairs += [(other[cache], plain[cache]) for cache in ("k_cache", "v_cache")]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_replay_records_no_gradient(inference: bool) -> None:
+    """Of what a context does on a GPU, the part that a CPU can: its buffers here, a graph that does nothing."""
+
+    class NoGraph:
+        grad_enabled = True
+
+        def replay(self) -> None:
+            self.grad_enabled = torch.is_grad_enabled()
+
+    class NoError:
+        def check(self, way_out: str) -> None:
+            pass
+
+    graph, replayer, bias = NoGraph(), _Replayer.__new__(_Replayer), torch.zeros(4, requires_grad=True)
+    replayer._error = NoError()  # type: ignore[assignment]
+    replayer._input, replayer._results = torch.empty(1, 4), torch.zeros(3, 4)
+    replayer._angles, replayer._position = torch.empty(2, 4), torch.empty(1, dtype=torch.int32)
+    replayer._graphs = {(bias.data_ptr(),): (graph, ())}  # type: ignore[dict-item]
+    x, cos = torch.ones(1, 4, requires_grad=True), torch.ones(1, 4, requires_grad=True)
+    with torch.inference_mode(inference):
+        result = replayer.step(x, cos, cos, 1, {"bias": bias})
+    assert not graph.grad_enabled
+    assert not any(t.requires_grad for t in (result, replayer._input, replayer._angles))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +327,7 @@ def spoiled(tensor: Tensor) -> dict[str, Any]:
         "strides": one.expand(shape),
         "type": None,
         "a list": [1.0],
+        "sparse": torch.sparse_coo_tensor(torch.empty(len(shape), 0), one[:0], shape, check_invariants=True),
     }
 
 
@@ -279,7 +337,8 @@ def test_a_bad_tensor_is_named(context: dict[str, Any], name: str, argument: str
     for what, bad in spoiled(context[argument]).items():
         with pytest.raises(ArgumentError, match=f"^{argument} is .*must be") as caught:
             call("pythia_2b8", name, context, ctx_id=ctx_id, **{argument: bad})
-        seen = {"shape": "shape", "dtype": "bfloat16", "device": "meta", "strides": "stride", "type": "NoneType"}
+        seen = {"shape": "shape", "dtype": "bfloat16", "device": "meta", "strides": "stride", "type": "NoneType",
+                "sparse": "sparse_coo"}  # fmt: skip
         assert seen.get(what, "") in str(caught.value), caught.value
     assert not context["k_cache"].any() and not context["v_cache"].any()
 
@@ -288,7 +347,7 @@ def test_a_bad_tensor_is_named(context: dict[str, Any], name: str, argument: str
 @pytest.mark.parametrize(
     "value",
     [-1, ROOM, True, 1.0, "3", None, torch.tensor(7), torch.tensor([7, 8], dtype=torch.int32),
-     torch.tensor(ROOM, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32),
+     torch.tensor(ROOM, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32), np.array([7]), np.bool_(True),
      torch.empty(1, dtype=torch.int32, device="meta")],
 )  # fmt: skip
 def test_a_bad_position_is_named(context: dict[str, Any], name: str, value: object) -> None:
@@ -306,6 +365,47 @@ def test_caches_must_be_alike() -> None:
     given = blank("pythia_2b8")
     with pytest.raises(ArgumentError, match="^v_cache is .*laid out as k_cache"):
         call("pythia_2b8", "decoder_layer", given, v_cache=given["v_cache"][:-1])
+
+
+def test_a_tensor_of_another_layout_is_named() -> None:
+    given = blank("pythia_2b8")
+    position = torch.tensor([7], dtype=torch.int32).to_sparse()
+    with pytest.raises(ArgumentError, match="^current_seq_len is of layout torch.sparse_coo"):
+        call("pythia_2b8", "decoder_layer", given, current_seq_len=position)
+    with pytest.raises(ArgumentError, match="^cos is of layout torch._mkldnn"):  # which calls itself contiguous
+        call("pythia_2b8", "attention_only", given, cos=given["cos"].to_mkldnn())
+
+
+@pytest.mark.parametrize("name", ["decoder_layer", "decoder_layer_split", "attention_only", "create_graph_context"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_caches_share_no_elements(name: str, rows: int) -> None:
+    both = torch.zeros(ROOM + 1, 2560, dtype=torch.float16)
+    with pytest.raises(ArgumentError, match="^v_cache shares elements with k_cache"):
+        call("pythia_2b8", name, blank("pythia_2b8"), k_cache=both[:ROOM], v_cache=both[rows:][:ROOM])
+    assert not both.any()
+
+
+@pytest.mark.parametrize("name", ["decoder_layer", "attention_only", "create_graph_context"])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+def test_inference_caches_outside_inference_mode_are_refused_before_they_change(name: str, cache: str) -> None:
+    given = blank("pythia_2b8") | {"bias_qkv": torch.ones(3 * 2560, dtype=torch.float16)}
+    with torch.inference_mode():
+        given[cache] = torch.zeros_like(given[cache])
+    with pytest.raises(ArgumentError, match=f"^{cache} was made in inference mode"):
+        call("pythia_2b8", name, given)
+    assert not given["k_cache"].any() and not given["v_cache"].any()
+    with torch.inference_mode():
+        call("pythia_2b8", name, given)
+        if name == "create_graph_context":
+            call("pythia_2b8", "destroy_graph_context", given)
+
+
+@pytest.mark.parametrize("name", ["decoder_layer", "decoder_layer_split", "attention_only", "graph_decode_step"])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+def test_the_input_is_no_row_of_a_cache(context: dict[str, Any], name: str, cache: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^input shares memory with {cache}"):
+        call("pythia_2b8", name, context, input=context[cache][7:8], bias_qkv=torch.ones(3 * 2560).half())
+    assert not context["k_cache"].any() and not context["v_cache"].any()
 
 
 # -- contexts ----------------------------------------------------------------------------------------------------------
@@ -365,7 +465,16 @@ def test_max_seq_len_bounds_the_position() -> None:
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 def test_a_step_takes_the_contexts_own_caches(context: dict[str, Any], name: str) -> None:
     cache = context[name]
-    for other in (cache.clone(), cache[:-1], cache[1:], cache.view(torch.int16), cache.float(), cache.to("meta"), None):
+    for other in (
+        cache.clone(),
+        cache[:-1],
+        cache[1:],
+        cache.view(torch.int16),
+        cache.float(),
+        cache.to("meta"),
+        cache.to_sparse(),
+        None,
+    ):
         with pytest.raises(ArgumentError, match=f"^{name} is .*the tensor that the context was created with"):
             call("pythia_2b8", "graph_decode_step", context, **{name: other})
     call("pythia_2b8", "graph_decode_step", context, **{name: cache.view(cache.shape)})

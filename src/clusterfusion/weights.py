@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.arguments import as_int, require, require_dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,33 @@ def gpt_neox_layer(
     heads: int,
 ) -> LayerWeights:
     """A GPT-NeoX layer over its tensors, without copies. qkv_weight [3 * hidden, hidden], the rows of each head together,
-    q then k then v; biases may be None. The other shapes are those of LayerWeights."""
+    q then k then v; the four `| None` biases may be None. The other shapes are those of LayerWeights.
+
+    Raises ArgumentError naming what is not a tensor, or stands in the way of cutting the matrix into heads."""
+    needed = {
+        "qkv_weight": qkv_weight,
+        "o_weight": o_weight,
+        "up_weight": up_weight,
+        "down_weight": down_weight,
+        "input_norm_weight": input_norm_weight,
+        "input_norm_bias": input_norm_bias,
+        "post_norm_weight": post_norm_weight,
+        "post_norm_bias": post_norm_bias,
+    }
+    biases = {"qkv_bias": qkv_bias, "o_bias": o_bias, "up_bias": up_bias, "down_bias": down_bias}
+    for name, tensor in needed.items():
+        require_dense(name, tensor)
+    for name, bias in biases.items():
+        if bias is not None:
+            require_dense(name, bias, "a tensor or None")
+    shape = list(qkv_weight.shape)
+    require("qkv_weight", f"of shape {shape}", len(shape) == 2 and shape[0] == 3 * shape[1], "[3 * hidden, hidden]")
+    rows, hidden = shape
+    divisor = f"a divisor of hidden ({hidden})"
+    heads = as_int("heads", heads, 1, hidden, divisor)
+    require("heads", heads, hidden % heads == 0, divisor)
+    if qkv_bias is not None:
+        require("qkv_bias", f"of shape {list(qkv_bias.shape)}", tuple(qkv_bias.shape) == (rows,), f"of shape [{rows}]")
     q_weight, k_weight, v_weight = qkv_weight.unflatten(0, (heads, 3, -1)).unbind(1)
     q_bias, k_bias, v_bias = (None,) * 3 if qkv_bias is None else qkv_bias.unflatten(0, (heads, 3, -1)).unbind(1)
     return LayerWeights(

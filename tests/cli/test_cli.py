@@ -160,12 +160,18 @@ def test_usage_errors_exit_2(arguments: tuple[str, ...]) -> None:
 
 
 def test_ctrl_c_ends_cleanly() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clusterfusion", "generate", "demo", PROMPT, "-n", "1900"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
+    # nohup and a shell's background make a test run ignore the signal; what it starts would inherit that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clusterfusion", "generate", "demo", PROMPT, "-n", "1900"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.read(5), "no text came"
     process.send_signal(signal.SIGINT)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from clusterfusion import reference
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import ArgumentError
 from clusterfusion.named_shapes import named_shape
+from clusterfusion.ops.layer_checks import check_layer
 from clusterfusion.random_weights import random_weights
 from clusterfusion.weights import LayerWeights
 
@@ -165,6 +167,17 @@ def test_it_can_be_compiled() -> None:
         assert torch.equal(case.k, plain.k) and torch.equal(case.v, plain.v)
 
 
+def test_numbers_may_change_under_compile() -> None:
+    case, plain = Case(), Case()
+
+    def step(position: int, eps: float) -> Tensor:
+        return clusterfusion.decoder_layer(**case.arguments(position=position, eps=eps))[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for position, eps in ((0, 1e-5), (1, 1e-4), (2, 1e-3)):
+        assert torch.equal(compiled(position, eps), plain.call(position=position, eps=eps)[0])
+
+
 def replaced(name: str, change: Callable[[Tensor], Any]) -> Callable[[Case], dict[str, Any]]:
     """Changes one tensor of the layer."""
     return lambda case: {
@@ -178,6 +191,30 @@ def overlapping(case: Case) -> dict[str, Any]:
     k = both[: case.k.numel()].view_as(case.k)
     return {"k_cache": k, "v_cache": both[case.config.head_dim :][: k.numel()].view_as(k)}
 
+
+def row_of_cache(case: Case, dtype: torch.dtype = torch.float16, step: int = 1) -> dict[str, Any]:
+    """x among the elements of k_cache: one token's row, or with steps some of two rows."""
+    cache = token_major(case.k)
+    x = cache[7:9].flatten().view(dtype)[: case.config.hidden_size * step : step]
+    return {"x": x, "k_cache": cache, "v_cache": token_major(case.v)}
+
+
+def half_an_element(case: Case) -> dict[str, Any]:
+    """A float32 x that ends two bytes into k_cache."""
+    width = 2 * case.config.hidden_size
+    memory = torch.zeros(width - 1 + case.k.numel(), dtype=torch.float16)
+    return {"x": memory[:width].view(torch.float32), "k_cache": memory[width - 1 :].view_as(case.k)}
+
+
+def no_room(case: Case) -> dict[str, Any]:
+    return {"k_cache": case.k[:, :0], "v_cache": case.v[:, :0]}
+
+
+def sparse(tensor: Tensor) -> Tensor:
+    return tensor.float().to_sparse()
+
+
+NUMBERS = np.array([3])
 
 BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "x too short": (lambda c: {"x": c.x[:, :-1]}, r"x is of shape \[1, 127\]; it must be \[128\]"),
@@ -202,7 +239,7 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "flat up": (replaced("up_weight", lambda t: t.flatten()), "up_weight is of shape"),
     "short down bias": (replaced("down_bias", lambda t: t[:-1]), "down_bias is of shape"),
     "square norm": (replaced("input_norm_weight", lambda t: t.expand(2, -1)), "input_norm_weight is of shape"),
-    "flat cache": (lambda c: {"k_cache": c.k.flatten()}, "k_cache has shape"),
+    "flat cache": (lambda c: {"k_cache": c.k.flatten()}, "k_cache is of shape"),
     "cache of fewer heads": (lambda c: {"k_cache": c.k[1:]}, "k_cache is of shape"),
     "v shorter": (lambda c: {"v_cache": c.v[:, :-1]}, "v_cache is of shape"),
     "v of another layout": (lambda c: {"v_cache": token_major(c.v)}, "v_cache is of shape"),
@@ -230,9 +267,65 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "rotary 8.0": (lambda c: {"rotary_dim": 8.0}, "rotary_dim is 8.0"),
     "eps as text": (lambda c: {"eps": "1"}, "eps is '1'"),
     "unknown form": (lambda c: {"form": "graph"}, "form is 'graph'"),
+    "x in k_cache": (row_of_cache, "x shares memory with k_cache"),
+    "x in v_cache": (lambda c: {"x": c.v.view(-1)[-c.config.hidden_size :]}, "x shares memory with v_cache"),
+    "float32 x in k_cache": (lambda c: row_of_cache(c, torch.float32), "x shares memory with k_cache"),
+    "the end of x in k_cache": (half_an_element, "x shares memory with k_cache"),
+    "strided x in k_cache": (lambda c: row_of_cache(c, step=2), "x shares memory with k_cache"),
+    "one element of k_cache as x": (lambda c: {"x": c.k[1, 2, :1].expand(128)}, "x shares memory with k_cache"),
+    "a room of none": (no_room, r"k_cache is of shape \[4, 0, 32\]; .*max_len being 1 or more"),
+    "a flat room of none": (
+        lambda c: {name: token_major(t)[:0] for name, t in (("k_cache", c.k), ("v_cache", c.v))},
+        r"k_cache is of shape \[0, 128\]; .*max_len being 1 or more",
+    ),
+    "position of an array": (lambda c: {"position": NUMBERS}, r"position is array\(\[3\]\); it must be an int from 0"),
+    "position of NumPy's True": (lambda c: {"position": np.bool_(True)}, "position is .*True"),
+    "sparse position": (lambda c: {"position": sparse(torch.ones(1)).int()}, "position is of layout torch.sparse_coo"),
+    "sparse x": (lambda c: {"x": sparse(c.x)}, "x is of layout torch.sparse_coo; it must be a tensor of layout"),
+    "x of oneDNN": (lambda c: {"x": c.x.to_mkldnn()}, "x is of layout torch._mkldnn"),
+    "nested x": (lambda c: {"x": torch.nested.nested_tensor([c.x[0]])}, "x is of layout nested"),
+    "sparse cache": (lambda c: {"v_cache": sparse(c.v)}, "v_cache is of layout torch.sparse_coo"),
+    "sparse sin": (lambda c: {"sin": sparse(c.sin)}, "sin is of layout torch.sparse_coo"),
+    "sparse weight": (replaced("o_weight", sparse), "o_weight is of layout torch.sparse_coo"),
+    "qkv a list": (replaced("qkv_weight", lambda t: [1.0]), "qkv_weight is a list; it must be a tensor"),
+    "bias a list": (replaced("up_bias", lambda t: [1.0]), "up_bias is a list; it must be a tensor"),
+    "k an array": (replaced("k_weight", lambda t: t.numpy()), "k_weight is a ndarray; it must be a tensor"),
+    "q of fewer heads": (
+        replaced("q_weight", lambda t: t[1:]),
+        r"q_weight is of shape \[3, 32, 128\]; it must be \[heads, head_dim, 128\]",
+    ),
+    "q of two dimensions": (replaced("q_weight", lambda t: t.flatten(1)), r"q_weight is of shape \[4, 4096\]"),
+    "v of other heads": (replaced("v_weight", lambda t: t.reshape(8, 16, 128)), r"v_weight is of shape \[8, 16, 128\]"),
+    "no activation": (lambda c: {"activation": None}, "activation is None; it must be one of"),
+    "activation 3": (lambda c: {"activation": 3}, "activation is 3; it must be one of"),
+    "activations": (lambda c: {"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be one of"),
+    "no form": (lambda c: {"form": None}, "form is None; it must be one of"),
+    "form 0": (lambda c: {"form": 0}, "form is 0; it must be one of"),
+    "forms": (lambda c: {"form": ["fused"]}, r"form is \['fused'\]; it must be one of"),
+    "residual as text": (lambda c: {"parallel_residual": "no"}, "parallel_residual is 'no'; it must be True or False"),
+    "no residual": (lambda c: {"parallel_residual": None}, "parallel_residual is None; it must be True or False"),
+    "residual 2.5": (lambda c: {"parallel_residual": 2.5}, "parallel_residual is 2.5; it must be True or False"),
+    "eps True": (lambda c: {"eps": True}, "eps is True; it must be a positive number"),
+    "huge eps": (lambda c: {"eps": 10**400}, r"eps is 1000.*\.\.\.; it must be a positive number"),
+    "rotary False": (lambda c: {"rotary_dim": False}, "rotary_dim is False; it must be an even int from 0 to 32"),
+    "huge rotary": (lambda c: {"rotary_dim": 10**30}, "rotary_dim is 1000.*; it must be an even int from 0 to 32"),
+}
+REQUIRED = (
+    "input_norm_weight",
+    "q_weight",
+    "k_weight",
+    "v_weight",
+    "o_weight",
+    "post_norm_weight",
+    "up_weight",
+    "down_weight",
+)
+BAD |= {
+    f"no {name}": (replaced(name, lambda t: None), f"^{name} is a NoneType; it must be a tensor") for name in REQUIRED
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_named(name: str) -> None:
     change, message = BAD[name]
@@ -255,6 +348,39 @@ def test_a_tensor_without_data_is_named(name: str) -> None:
         arguments["layer_weights"] = dataclasses.replace(case.weights, **{name: getattr(case.weights, name).to("meta")})
     with pytest.raises(ArgumentError, match=f"{name} is on meta"):
         clusterfusion.decoder_layer(**arguments)
+
+
+@pytest.mark.parametrize("name", ["o_weight", "up_weight", "down_weight", "input_norm_weight", "post_norm_bias"])
+def test_the_operator_and_its_checks_need_every_weight(name: str) -> None:
+    """What torch hands to the operator as a tensor may be None."""
+    case = Case()
+    call = torch.ops.clusterfusion.decoder_layer.default
+    names = [argument.name for argument in call._schema.arguments]
+    arguments = list(operator_arguments(case))
+    arguments[names.index(name)] = None
+    with pytest.raises(ArgumentError, match=f"^{name} is a NoneType"):
+        call(*arguments)
+    weights = dataclasses.replace(case.weights, **{name: None})
+    with pytest.raises(ArgumentError, match=f"^{name} is a NoneType"):
+        check_layer(case.x, weights, torch.zeros(1, dtype=torch.int32))
+
+
+def test_x_may_lie_beside_the_caches() -> None:
+    """Before, behind and between their rows, in one piece of memory."""
+    expected = Case(x_dtype=torch.float16).call()
+    for order in ("xkv", "kxv", "kvx"):
+        case = Case(x_dtype=torch.float16)
+        parts = {"x": case.x, "k": token_major(case.k), "v": token_major(case.v)}
+        pieces = torch.cat([parts[name].flatten() for name in order]).split([parts[name].numel() for name in order])
+        x, k, v = (pieces[order.index(name)].view(parts[name].shape) for name in "xkv")
+        got = case.call(x=x, k_cache=k, v_cache=v)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), order
+    case = Case(x_dtype=torch.float16)
+    hidden = case.config.hidden_size
+    rows = torch.cat((token_major(case.k), token_major(case.v), case.x.expand(ROOM, -1)), dim=1)
+    k, v, x = rows[:, :hidden], rows[:, hidden : 2 * hidden], rows[3, 2 * hidden :]
+    got = case.call(x=x[None], k_cache=k, v_cache=v)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_caches_that_lie_between_each_other() -> None:
@@ -311,10 +437,13 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, Case().call(), strict=True))
 
 
-def test_positions_of_another_library() -> None:
-    import numpy as np
-
-    assert torch.equal(Case().call(position=np.int64(7))[0], Case().call(position=7)[0])
+@pytest.mark.parametrize(
+    "changes",
+    [{"position": np.int64(7)}, {"position": np.array(7)}, {"rotary_dim": np.int32(8)}, {"eps": np.float32(1e-5)}],
+)
+def test_numbers_of_another_library(changes: dict[str, Any]) -> None:
+    plain = {name: value.item() for name, value in changes.items()}
+    assert torch.equal(Case().call(**changes)[0], Case().call(**plain)[0])
 
 
 def test_a_layer_of_a_loaded_model_can_be_passed_on() -> None:

@@ -58,8 +58,8 @@ class BlockDecoder:
         self._launches = [launch for i, layer in enumerate(weights.layers) for launch in self._prepare(i, layer)]
         self._launch_head = self._prepare_head()
 
-    @torch.no_grad()
     @torch.inference_mode(False)
+    @torch.no_grad()  # inside: leaving inference mode turns gradients on
     def step(self, token: int, position: int) -> Tensor:
         """Logits [vocab], float32, after `token` at `position`; its keys and values go into the cache.
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 import threading
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from clusterfusion import reference
 from clusterfusion.architecture import Activation, DecoderConfig
+from clusterfusion.arguments import index_of, require_dense, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_checks import (
     CACHE_SHAPES,
+    Form,
     cache_views,
+    check_apart,
+    check_heads,
     check_layer,
     check_qkv,
     check_writable,
+    checked_options,
     checked_tables,
     layer_config,
-    require,
+    layer_tensors,
 )
 from clusterfusion.ops.layer_launch import (
     ErrorRecord,
@@ -33,9 +35,6 @@ from clusterfusion.ops.layer_launch import (
     prepare_layer,
 )
 from clusterfusion.weights import LayerWeights, gpt_neox_layer
-
-Form = Literal["fused", "split"]
-FORMS = get_args(Form)
 
 
 def decoder_layer(
@@ -56,17 +55,20 @@ def decoder_layer(
     """One decode step through a GPT-NeoX layer (Black et al. 2022): x' = x + attn(norm1 x) + mlp(norm2 x), or with
     parallel_residual=False the sequential form. Returns (x', k_new, v_new).
 
-    x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; x' has its shape and
-    dtype. Arithmetic is float32 with operands of the weights' dtype, float16 or bfloat16.
+    x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; in memory apart from
+    the caches. x' has its shape and dtype.
+    Sums are float32. The MLP's hidden vector and the new keys and values are rounded to the weights' dtype, float16 or
+    bfloat16: on a GPU nothing else is; on the CPU the reference rounds every operand of a matrix product to it, the normed
+    x, the queries and attention's output too.
     layer_weights: matrices output-major, q, k, v fused head by head; `clusterfusion.gpt_neox_layer` makes one of
     tensors, `Engine.weights.layers` holds a model's. Read where they lie.
     k_cache, v_cache: keys (rotated) and values of the tokens so far, of the weights' dtype: [heads, max_len, head_dim] or
     [max_len, heads * head_dim], of any strides that are multiples of 16 bytes. Rows below `position` are read; the new
     token's are written at row `position` and returned as k_new, v_new [heads, head_dim].
     position: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on x's device, which
-    one captured CUDA graph then reads anew at each replay. A tensor's value is not looked at before the launch: one out of
-    range leaves all three results NaN and the cache untouched, and makes the next call on the device a DeviceError. (A
-    replay of a graph is no call: after replays, look at the results.)
+    one captured CUDA graph then reads anew at each replay. On a GPU only the launch looks at a tensor's value: one out of
+    range leaves all three results NaN and the cache untouched, and the next call on the device that comes after that
+    launch has ended is a DeviceError. (A replay of a graph is no call: after replays, look at the results.)
     cos, sin: float32 [rows, rotary_dim / 2] (row `position` is taken; of a single row, that one), or, where the two
     dimensions of a pair have angles of their own, [rows, rotary_dim or more], of which the first rotary_dim count.
     form: "fused", one cooperative launch with clusters, or "split", regular launches; the same bits.
@@ -75,22 +77,22 @@ def decoder_layer(
     Beside the results a call takes `BlockPlan.scratch_bytes` of device memory until it has run. Raises ArgumentError
     naming the argument, UnsupportedModelError for shapes that the kernels do not run, DeviceError and CompileError.
     """
-    if not isinstance(layer_weights, LayerWeights):
-        raise ArgumentError(
-            f"layer_weights is a {type(layer_weights).__name__}; it must be a LayerWeights, from clusterfusion.gpt_neox_layer"
-        )
-    w = layer_weights
-    if w.qkv_weight is None or w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None:
-        raise ArgumentError("layer_weights is not a GPT-NeoX layer: it must have qkv_weight, norm biases and no gate")
     tensors = {"x": x, "k_cache": k_cache, "v_cache": v_cache, "cos": cos, "sin": sin}
-    position = _position_tensor(position, tensors)
-    tensors |= {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}
-    for name, tensor in (tensors | {"position": position}).items():
+    if isinstance(position, Tensor):
+        tensors["position"] = position
+    for name, tensor in tensors.items():
+        require_dense(name, tensor)
+    weights = layer_tensors(layer_weights)
+    device = weights["qkv_weight"].device
+    for name, tensor in (tensors | weights).items():
         # Among them one on "meta" would make the operator infer shapes and compute nothing.
-        if isinstance(tensor, Tensor) and tensor.device != w.qkv_weight.device:
-            raise ArgumentError(f"{name} is on {tensor.device}; it must be on {w.qkv_weight.device}, as qkv_weight is")
-    require("rotary_dim", repr(rotary_dim), isinstance(rotary_dim, int), "an int")
-    require("eps", repr(eps), isinstance(eps, (int, float)), "a positive number")
+        if tensor.device != device:
+            raise ArgumentError(f"{name} is on {tensor.device}; it must be on {device}, as qkv_weight is")
+    check_heads(weights)
+    w, head_dim = layer_weights, layer_weights.q_weight.shape[1]
+    rotary_dim, eps = checked_options(head_dim, rotary_dim, eps, activation, parallel_residual, form)
+    if not isinstance(position, Tensor):
+        position = _position_tensor(position, k_cache)
     with torch.no_grad():
         return _call(x, position, w, k_cache, v_cache, cos, sin, rotary_dim, eps, activation, parallel_residual, form)
 
@@ -127,24 +129,17 @@ def _call(
     )
 
 
-def _position_tensor(position: int | Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
-    if isinstance(position, Tensor):
-        return position
-    x, k_cache = tensors["x"], tensors["k_cache"]
-    if not isinstance(position, (bool, int)) and hasattr(position, "__index__"):  # of another library
-        position = operator.index(position)
-    if k_cache.dim() not in (2, 3):
-        raise ArgumentError(f"k_cache has shape {list(k_cache.shape)}; it must be {CACHE_SHAPES}")
-    max_len = k_cache.shape[-2]
-    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < max_len:
+def _position_tensor(position: object, k_cache: Tensor) -> Tensor:
+    shape = list(k_cache.shape)
+    if len(shape) not in (2, 3) or not shape[-2]:
+        raise ArgumentError(f"k_cache is of shape {shape}; it must be {CACHE_SHAPES}, max_len being 1 or more")
+    number, max_len = index_of(position), shape[-2]
+    if number is None or not 0 <= number < max_len:
         raise ArgumentError(
-            f"position is {position!r}; it must be an int from 0 to {max_len - 1}, the last row of k_cache, or an int32 "
-            "tensor of one element"
+            f"position is {shown(position)}; it must be an int from 0 to {max_len - 1}, the last row of k_cache, or an "
+            "int32 tensor of one element"
         )
-    return torch.full((1,), position, dtype=torch.int32, device=x.device)
+    return torch.full((1,), number, dtype=torch.int32, device=k_cache.device)
 
 
 _SCHEMA = (
@@ -183,17 +178,18 @@ def _decoder_layer(
     parallel_residual: bool,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_qkv(qkv_weight, qkv_bias, heads)
     weights = gpt_neox_layer(
         qkv_weight, qkv_bias, o_weight, o_bias, up_weight, up_bias, down_weight, down_bias,
         input_norm_weight, input_norm_bias, post_norm_weight, post_norm_bias, heads=heads,
     )  # fmt: skip
+    check_qkv(qkv_weight, qkv_bias)
     check_layer(x, weights, position)
+    checked_options(qkv_weight.shape[1] // heads, rotary_dim, eps, activation, parallel_residual, form)
     k, v = cache_views(k_cache, v_cache, weights)
     check_writable(k, v)
+    check_apart("x", x, k, v)
     config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual)
     tables = checked_tables(cos, sin, config, x.device)
-    require("form", repr(form), form in FORMS, f"one of {FORMS}")
     if x.device.type == "cpu":
         return _on_cpu(config, weights, x, k, v, position, tables)
     return _on_gpu(config, weights, x, k, v, position, tables, form)

@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
-import math
-from typing import cast
+import dataclasses
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from clusterfusion.architecture import Activation, DecoderConfig, RotaryConfig
+from clusterfusion.arguments import as_float, as_int, require, require_dense, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_launch import RotaryTables
 from clusterfusion.weights import LayerWeights
 
+Form = Literal["fused", "split"]
+
+FORMS = get_args(Form)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16)
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("gelu", "gelu_tanh")
+MAY_BE_NONE = ("qkv_bias", "q_bias", "k_bias", "v_bias", "o_bias", "gate_weight", "gate_bias", "up_bias", "down_bias")
 CACHE_SHAPES = "[heads, max_len, head_dim] or [max_len, heads * head_dim]"
-
-
-def require(name: str, seen: object, ok: bool, needed: str) -> None:
-    """Raise ArgumentError unless `ok`."""
-    if not ok:
-        raise ArgumentError(f"{name} is {seen}; it must be {needed}")
 
 
 def require_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise ArgumentError unless `tensor` is a dense tensor of that shape and dtype, there."""
-    if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a tensor of shape {list(shape)}")
+    require_dense(name, tensor, f"a tensor of shape {list(shape)}")
+    assert isinstance(tensor, Tensor)
     require(name, f"of shape {list(tensor.shape)}", tuple(tensor.shape) == shape, f"of shape {list(shape)}")
     require(name, tensor.dtype, tensor.dtype == dtype, str(dtype))
     require(name, f"on {tensor.device}", tensor.device == device, f"on {device}")
     require(name, f"of strides {tensor.stride()}", tensor.is_contiguous(), "contiguous")
 
 
-def check_qkv(weight: Tensor, bias: Tensor | None, heads: int) -> None:
-    """The fused projection, before it is cut into heads."""
-    shape = list(weight.shape)
+def layer_tensors(weights: object) -> dict[str, Tensor]:
+    """The tensors of a GPT-NeoX layer by the names of LayerWeights, without the biases that it lacks."""
+    if not isinstance(weights, LayerWeights):
+        raise ArgumentError(
+            f"layer_weights is a {type(weights).__name__}; it must be a LayerWeights, from clusterfusion.gpt_neox_layer"
+        )
+    w = weights
+    if w.qkv_weight is None or w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None:
+        raise ArgumentError("layer_weights is not a GPT-NeoX layer: it must have qkv_weight, norm biases and no gate")
+    tensors = {}
+    for field in dataclasses.fields(w):
+        tensor = getattr(w, field.name)
+        if tensor is not None or field.name not in MAY_BE_NONE:
+            require_dense(field.name, tensor)
+            tensors[field.name] = tensor
+    return tensors
+
+
+def check_heads(tensors: dict[str, Tensor]) -> None:
+    """Of `layer_tensors`: that q, k and v can be the heads of the fused projection."""
+    shape = list(tensors["qkv_weight"].shape)
     require("qkv_weight", f"of shape {shape}", len(shape) == 2 and shape[0] == 3 * shape[1], "[3 * hidden, hidden]")
-    require("heads", heads, heads > 0 and shape[1] % heads == 0, f"a divisor of hidden ({shape[1]})")
+    hidden, q_shape = shape[1], list(tensors["q_weight"].shape)
+    for name in ("q_weight", "k_weight", "v_weight"):
+        shape = list(tensors[name].shape)
+        fits = len(shape) == 3 and shape[0] * shape[1] == hidden == shape[2] and shape == q_shape
+        needed = f"[heads, head_dim, {hidden}] with heads * head_dim = {hidden}, a view of qkv_weight"
+        require(name, f"of shape {shape}", fits, needed)
+
+
+def checked_options(
+    head_dim: int, rotary_dim: object, eps: object, activation: object, parallel_residual: object, form: object
+) -> tuple[int, float]:
+    """What says how the layer computes; `rotary_dim` and `eps` as Python's numbers."""
+    even = f"an even int from 0 to {head_dim}, the size of a head"
+    dim = as_int("rotary_dim", rotary_dim, 0, head_dim, even)
+    require("rotary_dim", dim, dim % 2 == 0, even)
+    epsilon = as_float("eps", eps, "a positive number")
+    require("eps", epsilon, epsilon > 0, "a positive number")
+    for name, value, known in (("activation", activation, ACTIVATIONS), ("form", form, FORMS)):
+        if not (isinstance(value, str) and value in known):
+            raise ArgumentError(f"{name} is {shown(value)}; it must be one of {known}")
+    if not isinstance(parallel_residual, bool):
+        raise ArgumentError(f"parallel_residual is {shown(parallel_residual)}; it must be True or False")
+    return dim, epsilon
+
+
+def check_qkv(weight: Tensor, bias: Tensor | None) -> None:
+    """The fused projection, which gpt_neox_layer has cut into heads."""
     require("qkv_weight", weight.dtype, weight.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
     require("qkv_weight", f"on {weight.device}", weight.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
-    require_tensor("qkv_weight", weight, (shape[0], shape[1]), weight.dtype, weight.device)
+    require_tensor("qkv_weight", weight, (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
     if bias is not None:
-        require_tensor("qkv_bias", bias, (shape[0],), weight.dtype, weight.device)
+        require_tensor("qkv_bias", bias, (weight.shape[0],), weight.dtype, weight.device)
 
 
 def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
@@ -52,6 +95,8 @@ def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
     qkv = cast(Tensor, weights.qkv_weight)
     hidden, dtype, device = qkv.shape[1], qkv.dtype, qkv.device
     shapes = [(*[1] * n, hidden) for n in range(3)]
+    for name, tensor in (("x", x), ("position", position), ("up_weight", weights.up_weight)):
+        require_dense(name, tensor)
     require("x", f"of shape {list(x.shape)}", tuple(x.shape) in shapes, f"[{hidden}], or that behind ones")
     require("x", x.dtype, x.dtype in X_DTYPES, "torch.float16, torch.bfloat16 or torch.float32")
     require("x", f"on {x.device}", x.device == device, f"on {device}, where the weights are")
@@ -75,7 +120,7 @@ def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
     }
     for name, shape in expected.items():
         tensor = getattr(weights, name)
-        if tensor is not None:
+        if tensor is not None or name not in MAY_BE_NONE:
             require_tensor(name, tensor, shape, dtype, device)
 
 
@@ -84,6 +129,7 @@ def cache_views(k_cache: Tensor, v_cache: Tensor, weights: LayerWeights) -> tupl
     heads, head_dim, _ = weights.q_weight.shape
     views = []
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require_dense(name, cache)
         shape = list(cache.shape)
         needed = f"[{heads}, max_len, {head_dim}] or [max_len, {heads * head_dim}]"
         ok = (len(shape) == 3 and shape[0] == heads and shape[2] == head_dim) or (
@@ -118,6 +164,15 @@ def check_writable(k: Tensor, v: Tensor) -> None:
         raise ArgumentError("v_cache shares elements with k_cache; it must have elements of its own")
 
 
+def check_apart(name: str, x: Tensor, k: Tensor, v: Tensor) -> None:
+    """That writes to the caches, of the same views, change nothing of `x`, a vector in whatever dimensions."""
+    for cache_name, cache in (("k_cache", k), ("v_cache", v)):
+        if _share_memory(x, cache):
+            raise ArgumentError(
+                f"{name} shares memory with {cache_name}, which the call writes; it must have memory of its own: clone it"
+            )
+
+
 def _steps(cache: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     """Stride and size of heads and tokens, the smaller stride first."""
     small, large = sorted((cache.stride(i), cache.shape[i]) for i in range(2))
@@ -144,10 +199,32 @@ def _share_elements(k: Tensor, v: Tensor) -> bool:
     return False
 
 
+def _share_memory(x: Tensor, cache: Tensor) -> bool:
+    """Of a vector of any dtype and stride, and a cache that does not overlap itself."""
+    size, width, step = cache.element_size(), x.element_size(), x.stride(-1) * x.element_size()
+    (small, count), (large, number) = ((stride * size, length) for stride, length in _steps(cache))
+    row = cache.shape[2] * size
+    end = (number - 1) * large + (count - 1) * small + row
+    first = x.data_ptr() - cache.data_ptr()
+    last = first + (x.shape[-1] - 1) * step
+    if last + width <= 0 or end <= first:
+        return False  # as nearly always
+
+    def in_a_row(byte: int) -> bool:
+        if not 0 <= byte < end:
+            return False
+        rest = byte - min(byte // max(large, 1), number - 1) * large
+        return rest - min(rest // max(small, 1), count - 1) * small < row
+
+    starts = range(first, last + 1, step) if step else (first,)
+    return any(in_a_row(start) or in_a_row(start + width - 1) for start in starts)
+
+
 def checked_tables(cos: Tensor, sin: Tensor, config: DecoderConfig, device: torch.device) -> RotaryTables:
     """cos and sin as the kernels take them."""
     dim, max_len = config.rotary.dim, config.max_position
     for name, table in (("cos", cos), ("sin", sin)):
+        require_dense(name, table)
         shape = list(table.shape)
         wide_enough = len(shape) == 2 and (shape[1] == dim // 2 or shape[1] >= dim)
         require(
@@ -176,13 +253,8 @@ def checked_tables(cos: Tensor, sin: Tensor, config: DecoderConfig, device: torc
 def layer_config(
     weights: LayerWeights, max_len: int, rotary_dim: int, eps: float, activation: str, parallel_residual: bool
 ) -> DecoderConfig:
-    """What the layer is, with placeholders for what concerns a whole model."""
+    """What the layer is, with placeholders for what concerns a whole model. The options have been checked."""
     heads, head_dim, hidden = weights.q_weight.shape
-    require(
-        "rotary_dim", rotary_dim, 0 <= rotary_dim <= head_dim and rotary_dim % 2 == 0, f"even, from 0 to {head_dim}"
-    )
-    require("eps", eps, math.isfinite(eps) and eps > 0, "a positive number")
-    require("activation", repr(activation), activation in ACTIVATIONS, f"one of {ACTIVATIONS}")
     return DecoderConfig(
         family="gpt_neox",
         vocab_size=1,

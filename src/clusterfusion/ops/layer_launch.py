@@ -231,13 +231,17 @@ def prepare_layer(
 
 def require_streamable_cache(k: Tensor, v: Tensor) -> None:
     """Raise UnsupportedModelError unless a layer's K/V cache can be fetched by tensor copies, keys and values alike."""
-    for tensor in (k, v):
-        strides = tensor.stride()
+    for name, tensor in (("k_cache", k), ("v_cache", v)):
+        strides, pointer = tensor.stride(), tensor.data_ptr()
         dense = strides[-1] == 1 and all(stride * tensor.element_size() % ALIGNMENT == 0 for stride in strides[:-1])
-        if not dense or strides != k.stride() or tensor.data_ptr() % ALIGNMENT:
+        if not dense or strides != k.stride():
             raise UnsupportedModelError(
-                f"a K/V cache of strides {strides} cannot be streamed: heads must be dense, all strides multiples of "
+                f"{name} of strides {strides} cannot be streamed: heads must be dense, all strides multiples of "
                 f"{ALIGNMENT} bytes, keys and values alike"
+            )
+        if pointer % ALIGNMENT:
+            raise UnsupportedModelError(
+                f"{name} at address {pointer:#x} cannot be streamed: it must start at a multiple of {ALIGNMENT} bytes"
             )
 
 

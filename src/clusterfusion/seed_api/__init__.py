@@ -41,17 +41,22 @@ def pythia_2b8_decoder_layer(
     """One decode step through a Pythia-2.8B layer (Black et al. 2022; transformers' GPTNeoXLayer) in one cooperative
     launch: x' = x + attention(norm1 x) + mlp(norm2 x), eps 1e-5, exact GELU. Returns (output, k_new, v_new).
 
-    input: x, float16 [1, 2560]; output is x', alike. Matrices are float16, output-major: weight_qkv [7680, 2560], its
-    rows head by head, 80 each of q, k, v; weight_o [2560, 2560]; mlp_up_weight [10240, 2560]; mlp_down_weight
-    [2560, 10240]. Biases and norm weights: float16, one element a row, [n] or [1, n]. All are read where they lie.
+    input: x, float16 [1, 2560], in memory apart from the caches; output is x', alike. Matrices are float16,
+    output-major: weight_qkv [7680, 2560], its rows head by head, 80 each of q, k, v; weight_o [2560, 2560];
+    mlp_up_weight [10240, 2560]; mlp_down_weight [2560, 10240]. Biases and norm weights: float16, one element a row, [n]
+    or [1, n]. All are read where they lie.
     k_cache, v_cache: keys (rotated) and values so far, float16 [max_len, 2560], a token a row; rows may lie apart.
     Those below current_seq_len are read; the new token's are written at row current_seq_len, and returned as k_new
     and v_new [1, 32, 80].
     cos, sin: float32 [1, 80], of the new token's angles, one for each of the 20 dimensions that rotate; the other 60
     are not read.
     current_seq_len: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on the
-    device. On a GPU only the launch looks at a tensor's value: one out of range leaves output NaN and makes the next
-    call a DeviceError.
+    device. On a GPU only the launch looks at a tensor's value: one out of range leaves output NaN, and the next call
+    that comes after that launch has ended is a DeviceError.
+
+    Sums are float32. The MLP's hidden vector, the new keys and values and the output are rounded to float16: on a GPU
+    nothing else is; on the CPU every operand of a matrix product is, the normed x, the queries and attention's result
+    too.
 
     On CUDA tensors it runs on PyTorch's current stream, on CPU tensors the reference runs. Raises ArgumentError naming
     the argument, before anything is launched; DeviceError and CompileError as `clusterfusion.decoder_layer` does.

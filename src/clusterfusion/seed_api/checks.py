@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.arguments import index_of, require, require_dense, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.named_shapes import named_shape
-from clusterfusion.ops.layer_checks import require, require_tensor
+from clusterfusion.ops.layer_checks import require_tensor
 from clusterfusion.ops.layer_launch import ALIGNMENT
 
 
@@ -56,8 +57,8 @@ PYTHIA_6B9 = Shape("pythia_6b9", named_shape("pythia-6.9b"))
 
 def device_of(name: str, tensor: object) -> torch.device:
     """Where the argument that decides it lies."""
-    if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it must be a CPU or CUDA tensor")
+    require_dense(name, tensor, "a CPU or CUDA tensor")
+    assert isinstance(tensor, Tensor)
     require(name, f"on {tensor.device}", tensor.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
     return tensor.device
 
@@ -74,6 +75,7 @@ def check(shape: Shape, device: torch.device, **tensors: object) -> None:
             and tensor.shape == size
             and tensor.dtype == dtype
             and tensor.device == device
+            and tensor.layout == torch.strided
             and tensor.is_contiguous()
         ):
             require_tensor(name, tensor, size, dtype, device)
@@ -91,8 +93,8 @@ def _check_aligned(name: str, tensor: Tensor) -> None:
 def check_caches(shape: Shape, device: torch.device, k_cache: object, v_cache: object) -> None:
     hidden = shape.config.hidden_size
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(cache, Tensor):
-            raise ArgumentError(f"{name} is a {type(cache).__name__}; it must be a tensor [max_len, {hidden}]")
+        require_dense(name, cache, f"a tensor [max_len, {hidden}]")
+        assert isinstance(cache, Tensor)
         size, strides = list(cache.shape), cache.stride()
         require(name, f"of shape {size}", len(size) == 2 and size[0] > 0 and size[1] == hidden, f"[max_len, {hidden}]")
         require(name, cache.dtype, cache.dtype == torch.float16, "torch.float16")
@@ -117,9 +119,11 @@ def checked_position(current_seq_len: object, max_len: int, device: torch.device
         seen = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
         ok = value.numel() == 1 and value.dtype == torch.int32 and value.device == device
         require("current_seq_len", seen, ok, needed)
+        require_dense("current_seq_len", value)
         if device.type == "cuda":
             return value
-        value = int(value.item())
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < max_len:
-        raise ArgumentError(f"current_seq_len is {value!r}; it must be {needed}")
-    return value
+        value = value.item()
+    number = index_of(value)
+    if number is None or not 0 <= number < max_len:
+        raise ArgumentError(f"current_seq_len is {shown(value)}; it must be {needed}")
+    return number

@@ -8,9 +8,10 @@ import threading
 import torch
 from torch import Tensor
 
+from clusterfusion.arguments import as_int, index_of, require, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer import error_record
-from clusterfusion.ops.layer_checks import require
+from clusterfusion.ops.layer_checks import check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
     CAPTURE_LOCK,
     ErrorRecord,
@@ -61,6 +62,7 @@ class _Replayer:
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
 
     @torch.inference_mode(False)
+    @torch.no_grad()  # inside: leaving inference mode turns gradients on
     def step(
         self, input: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor, vectors: dict[str, Tensor]
     ) -> Tensor:
@@ -99,6 +101,7 @@ class _Context:
 
     k_cache: Tensor
     v_cache: Tensor
+    by_heads: tuple[Tensor, Tensor]  # the same, [heads, max_len, head_dim]
     matrices: tuple[Tensor, Tensor, Tensor, Tensor]  # qkv, o, up, down
     max_seq_len: int
     replayer: _Replayer | None  # on a GPU
@@ -110,22 +113,21 @@ def create(
     shape: Shape, ctx_id: int, k_cache: Tensor, v_cache: Tensor, weight_qkv: Tensor, weight_o: Tensor,
     mlp_up_weight: Tensor, mlp_down_weight: Tensor, max_seq_len: int,
 ) -> None:  # fmt: skip
-    _check_id(ctx_id)
+    ctx_id = _checked_id(ctx_id)
     device = device_of("k_cache", k_cache)
     check_caches(shape, device, k_cache, v_cache)
+    # Aliases: whatever the caller makes of his tensor objects, this memory stays.
+    k_cache, v_cache = k_cache.detach(), v_cache.detach()
+    k, v = shape.by_heads(k_cache), shape.by_heads(v_cache)
+    check_writable(k, v)
     check(
         shape, device, weight_qkv=weight_qkv, weight_o=weight_o, mlp_up_weight=mlp_up_weight,
         mlp_down_weight=mlp_down_weight,
     )  # fmt: skip
     room = k_cache.shape[0]
-    is_int = isinstance(max_seq_len, int) and not isinstance(max_seq_len, bool)
-    require(
-        "max_seq_len", repr(max_seq_len), is_int and 0 < max_seq_len <= room, f"an int from 1 to {room}, k_cache's rows"
-    )
+    max_seq_len = as_int("max_seq_len", max_seq_len, 1, room, f"an int from 1 to {room}, k_cache's rows")
     _refuse_capture(device, "created")
-    # Aliases: whatever the caller makes of his tensor objects, this memory stays.
     qkv, o, up, down = (t.detach() for t in (weight_qkv, weight_o, mlp_up_weight, mlp_down_weight))
-    k_cache, v_cache = k_cache.detach(), v_cache.detach()
     replayer = None
     if device.type == "cuda":
         norm = o[0]  # some vector, until a step brings the norms' own
@@ -134,12 +136,12 @@ def create(
         )
         with torch.cuda.device(device):
             error_record(device.index)  # page-locked memory, which steps inside a caller's capture could not take
-            replayer = _Replayer(shape, weights, *(shape.by_heads(t[:max_seq_len]) for t in (k_cache, v_cache)))
+            replayer = _Replayer(shape, weights, k[:, :max_seq_len], v[:, :max_seq_len])
     with _CONTEXTS_LOCK:
         if (shape.name, ctx_id) in _CONTEXTS:
             way_out = f"{shape.name}_destroy_graph_context({ctx_id}) must come first"
             raise ArgumentError(f"ctx_id is {ctx_id}, which a context has; it must be another, or {way_out}")
-        _CONTEXTS[shape.name, ctx_id] = _Context(k_cache, v_cache, (qkv, o, up, down), max_seq_len, replayer)
+        _CONTEXTS[shape.name, ctx_id] = _Context(k_cache, v_cache, (k, v), (qkv, o, up, down), max_seq_len, replayer)
 
 
 @torch.no_grad()
@@ -148,6 +150,7 @@ def step(
     cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, post_ln_weight: Tensor, post_ln_bias: Tensor,
     mlp_up_bias: Tensor, mlp_down_bias: Tensor, current_seq_len: int | Tensor,
 ) -> Results:  # fmt: skip
+    ctx_id = _checked_id(ctx_id)
     context = _context(shape, ctx_id)
     device = context.k_cache.device
     check(
@@ -157,6 +160,7 @@ def step(
     )  # fmt: skip
     _check_same_memory("k_cache", k_cache, context.k_cache)
     _check_same_memory("v_cache", v_cache, context.v_cache)
+    check_apart("input", input, *context.by_heads)
     position = checked_position(current_seq_len, context.max_seq_len, device)
     with context.lock:
         if context.destroyed:
@@ -186,6 +190,7 @@ def step(
 
 
 def destroy(shape: Shape, ctx_id: int) -> None:
+    ctx_id = _checked_id(ctx_id)
     context = _context(shape, ctx_id)
     device = context.k_cache.device
     with context.lock:
@@ -200,13 +205,14 @@ def destroy(shape: Shape, ctx_id: int) -> None:
                 torch.cuda.synchronize(device)  # queued steps still read and write the context's memory
 
 
-def _check_id(ctx_id: object) -> None:
-    if isinstance(ctx_id, bool) or not isinstance(ctx_id, int):
-        raise ArgumentError(f"ctx_id is {ctx_id!r}; it must be an int")
+def _checked_id(ctx_id: object) -> int:
+    number = index_of(ctx_id)
+    if number is None:
+        raise ArgumentError(f"ctx_id is {shown(ctx_id)}; it must be an int")
+    return number
 
 
 def _context(shape: Shape, ctx_id: int) -> _Context:
-    _check_id(ctx_id)
     with _CONTEXTS_LOCK:
         context = _CONTEXTS.get((shape.name, ctx_id))
     if context is None:
@@ -238,6 +244,7 @@ def _check_same_memory(name: str, given: object, own: Tensor) -> None:
     needed = "the tensor that the context was created with"
     if not isinstance(given, Tensor):
         raise ArgumentError(f"{name} is a {type(given).__name__}; it must be {needed}")
+    require(name, f"of layout {given.layout}", given.layout == torch.strided, needed)
     seen, expected = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (given, own))
     if seen != expected:
         raise ArgumentError(

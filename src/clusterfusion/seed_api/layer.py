@@ -7,7 +7,8 @@ from torch import Tensor
 
 from clusterfusion import reference
 from clusterfusion.jit.decoder_block import KvCache, LayerArguments, LayerTensors, Workspace
-from clusterfusion.ops.layer import Form, decoder_layer, dense, error_record
+from clusterfusion.ops.layer import decoder_layer, dense, error_record
+from clusterfusion.ops.layer_checks import Form, check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
     LayerBuffers,
     LayerScratch,
@@ -54,6 +55,7 @@ def layer(
         mlp_down_weight=mlp_down_weight, mlp_down_bias=mlp_down_bias,
     )  # fmt: skip
     check_caches(shape, device, k_cache, v_cache)
+    check_apart("input", input, shape.by_heads(k_cache), shape.by_heads(v_cache))
     position = checked_position(current_seq_len, k_cache.shape[0], device)
     weights = weights_of(
         shape, weight_qkv, bias_qkv, weight_o, bias_o, mlp_up_weight, mlp_up_bias, mlp_down_weight, mlp_down_bias,
@@ -76,26 +78,36 @@ def attention_only(
         post_ln_bias=post_ln_bias, mlp_up_weight=mlp_up_weight, mlp_up_bias=mlp_up_bias,
     )  # fmt: skip
     check_caches(shape, device, k_cache, v_cache)
+    k, v = shape.by_heads(k_cache), shape.by_heads(v_cache)
+    check_writable(k, v)
+    check_apart("input", input, k, v)
     position = checked_position(current_seq_len, k_cache.shape[0], device)
     not_read = mlp_up_weight.view(c.hidden_size, -1)  # in the place of the down projection, which does not run here
     weights = weights_of(
         shape, weight_qkv, bias_qkv, weight_o, bias_o, mlp_up_weight, mlp_up_bias, not_read, bias_o,
         ln_weight, ln_bias, post_ln_weight, post_ln_bias,
     )  # fmt: skip
-    k, v = shape.by_heads(k_cache), shape.by_heads(v_cache)
     if device.type == "cuda":
         attended, h, k_new, v_new = _attention_on_gpu(shape, input, weights, k, v, position, cos, sin)
     else:
         assert isinstance(position, int)
-        x = input.float()
-        cos, sin = (table[:, : c.rotary.dim].unflatten(1, (2, -1)) for table in (cos, sin))
-        normed = reference.norm(c, x, weights.input_norm_weight, weights.input_norm_bias)
-        attended = reference.attention(c, weights, normed, cos, sin, k, v, position, dtype=k.dtype).to(k.dtype)
-        normed = reference.norm(c, x, weights.post_norm_weight, weights.post_norm_bias)
-        up = reference.linear(normed, weights.up_weight, weights.up_bias, k.dtype)
-        h = reference.activation(c, up)[0].to(k.dtype)
-        k_new, v_new = (t[:, position].clone() for t in (k, v))
+        attended, h, k_new, v_new = _attention_on_cpu(shape, input, weights, k, v, position, cos, sin)
     return attended, h, k_new[None], v_new[None]
+
+
+@torch.autocast("cpu", enabled=False)
+def _attention_on_cpu(
+    shape: Shape, input: Tensor, weights: LayerWeights, k: Tensor, v: Tensor, position: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c, x = shape.config, input.float()
+    cos, sin = (table[:, : c.rotary.dim].unflatten(1, (2, -1)) for table in (cos, sin))
+    normed = reference.norm(c, x, weights.input_norm_weight, weights.input_norm_bias)
+    attended = reference.attention(c, weights, normed, cos, sin, k, v, position, dtype=k.dtype).to(k.dtype)
+    normed = reference.norm(c, x, weights.post_norm_weight, weights.post_norm_bias)
+    up = reference.linear(normed, weights.up_weight, weights.up_bias, k.dtype)
+    h = reference.activation(c, up)[0].to(k.dtype)
+    k_new, v_new = (t[:, position].clone() for t in (k, v))
+    return attended, h, k_new, v_new
 
 
 def _attention_on_gpu(
@@ -144,8 +156,9 @@ def mlp_only(
     )  # fmt: skip
     middle, h = input.float() + attn_output.float(), mlp_intermediate.view(-1)
     if device.type == "cpu":
-        bias = mlp_down_bias.view(-1)
-        return (middle + reference.linear(h[None], mlp_down_weight, bias, h.dtype)).to(input.dtype)
+        with torch.autocast("cpu", enabled=False):
+            down = reference.linear(h[None], mlp_down_weight, mlp_down_bias.view(-1), h.dtype)
+        return (middle + down).to(input.dtype)
     plan = plan_for(shape.sequential, device.index)
     error = error_record(device.index)
     error.check("This is said once", forget=True)
