@@ -107,6 +107,27 @@ def test_roofline_without_a_gpu(arguments: tuple[str, ...], expected: str) -> No
     assert expected in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("demo",), "bench trace needs an NVIDIA GPU of compute capability 9.0 or newer"),
+        (("--random-weights", "pythia-2.8b", "--out", "trace.json.gz"), "bench trace needs an NVIDIA GPU"),
+        ((), "bench trace needs either MODEL or --random-weights SHAPE; neither was given"),
+        (("--random-weights", "pythia-3b"), "named shape 'pythia-3b' is unknown"),
+        (("--random-weights", "pythia-2.8b", "--context", "2040"), "it must be from 1 to 2016"),
+        (("demo", "--steps", "0"), "steps is 0; it must be an int from 1"),
+        (("demo", "--ctas", "0"), "ctas is 0; it must be an int from 1"),
+        (("demo", "--out", "/no/such/folder/x.json"), "--out is '/no/such/folder/x.json'"),
+    ],
+)
+def test_trace_without_a_gpu(arguments: tuple[str, ...], expected: str) -> None:
+    done = run("trace", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("clusterfusion: ") and done.stderr.count("\n") == 1
+    assert expected in done.stderr
+    assert not Path("trace.json.gz").exists()
+
+
 def test_decode_runs_on_a_cpu(tmp_path: Path) -> None:
     file, markdown = tmp_path / "result.json", tmp_path / "table.md"
     done = run(
@@ -202,6 +223,8 @@ def test_help_lists_the_options() -> None:
         assert option in done.stdout
     for option in ("--bytes", "--repeats", "--json"):
         assert option in run("roofline", "--help").stdout
+    for option in ("--random-weights", "--context", "--steps", "--ctas", "--out"):
+        assert option in run("trace", "--help").stdout
     done = run("layer", "--help")
     assert done.returncode == 0
     for option in ("--random-weights", "--contexts", "--layers", "--dtype", "--repeats", "--no-peers", "--json"):

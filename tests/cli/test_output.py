@@ -55,6 +55,13 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_bytes_are_written_whole_too(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json.gz"
+    write_whole(file, b"\x1f\x8b\x00")
+    assert file.read_bytes() == b"\x1f\x8b\x00"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_json_is_said_to_be_written(tmp_path: Path) -> None:
     said: list[str] = []
     write_json(None, {}, said.append)

@@ -132,7 +132,7 @@ def decode(
     report = measure_decode(engine, options, progress, command, write)
     if report.interrupted:
         write(report)
-    _show(tables.heading(report), tables.table(report), tables.lines(report), tables.NOTE)
+    _show(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
     if report.differences:
@@ -156,7 +156,49 @@ def roofline(
     progress = progress_lines()
     report = made.measure_roofline(options, progress, command_line())
     write_json(json_file, made.to_json(report), progress)
-    _show([made.heading(report)], made.table(report), [], f"{made.SCOPE}.")
+    _show([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
+
+
+@bench.command()
+def trace(
+    model: ModelArgument = None,
+    random_weights: RandomWeights = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of the prompt; 512, or what fits, if left out.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps in a row after it, of which the last is recorded; 32 if left out.")
+    ] = None,
+    ctas: Annotated[int, typer.Option(help="CTAs in the file, evenly spread; the figures are over all.")] = 16,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the timeline for ui.perfetto.dev to this file; .gz compresses it.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Record one decode step of mode model on the GPU: when each CTA entered and left each phase of each layer, and what it
+    waited for."""
+    check_writable(out, "--out")
+    from clusterfusion.bench.decode.options import check_source, load_model
+    from clusterfusion.bench.environment import require_gpu
+    from clusterfusion.bench.trace.options import require_shape, trace_options
+
+    what = "bench trace"
+    max_position = check_source(model, random_weights, on_gpu=True, what=what)
+    trace_options(max_position, context=context, steps=steps, ctas=ctas)  # what can be checked before a model is loaded
+    device = require_gpu(what)
+    if random_weights is not None:
+        require_shape(random_weights, device)
+    engine = load_model(model, random_weights, None)
+    options = trace_options(engine.config.max_position, context=context, steps=steps, ctas=ctas)
+
+    from clusterfusion.bench.trace import tables
+    from clusterfusion.bench.trace.chrome import file_content
+    from clusterfusion.bench.trace.measure import measure_trace
+
+    progress = progress_lines()
+    report = measure_trace(engine, options, progress, command_line())
+    if out is not None:
+        write_whole(out, file_content(report.to_chrome(), out.name))
+        progress(f"written to {out}")
+    _show(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
 
 
 def _so_far(done: Sequence[object], asked: Sequence[object]) -> str:
@@ -170,14 +212,17 @@ def _print(report: LayerReport) -> None:
         f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs. "
         "Where the host is slower than the GPU, as with eager peers, the time is the host's."
     )
-    _show(heading(report), table(report), failures(report), note)
+    _show(heading(report), [table(report)], failures(report), note)
 
 
-def _show(heading: Sequence[str], table: Table, lines: Sequence[str], note: str) -> None:
+def _show(heading: Sequence[str], tables: Sequence[Table], lines: Sequence[str], note: str) -> None:
     console = report_console()
     for line in heading:
         console.print(line, soft_wrap=True)
-    console.print(table)
+    for index, table in enumerate(tables):
+        if index:
+            console.print()
+        console.print(table)
     for line in lines:
         console.print(line, soft_wrap=True)
     console.print(note, style="dim")

@@ -68,18 +68,25 @@ def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[st
         progress(f"written to {file}{note}")
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write under another name and rename: whoever interrupts this leaves the file as it was, or the new one."""
     file = file.resolve()
     if file.exists() and not file.is_file():  # a device or a pipe, which must not be replaced
-        file.write_text(text, encoding="utf-8")
+        _write(file, content)
         return
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        _write(part, content)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _write(file: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        file.write_text(content, encoding="utf-8")
+    else:
+        file.write_bytes(content)
 
 
 def report_console() -> Console:

@@ -98,20 +98,20 @@ def mode_names(modes: str) -> tuple[str, ...]:
     return names
 
 
-def check_source(model: str | None, random_weights: str | None, on_gpu: bool) -> int | None:
-    """What can be said before weights are there: a shape's positions, None for a checkpoint.
+def check_source(model: str | None, random_weights: str | None, on_gpu: bool, what: str = "bench decode") -> int | None:
+    """For the command `what`, what can be said before weights are there: a shape's positions, None for a checkpoint.
 
     Raises ArgumentError unless one of the two is given; DeviceError for a shape that is too large for a CPU.
     """
     if (model is None) == (random_weights is None):
         got = "neither" if model is None else "both"
-        raise ArgumentError(f"bench decode needs either MODEL or --random-weights SHAPE; {got} was given")
+        raise ArgumentError(f"{what} needs either MODEL or --random-weights SHAPE; {got} was given")
     if random_weights is None:
         return None
     config = named_shape(random_weights)
     if not on_gpu and config.num_parameters > CPU_MOST_PARAMETERS:
         raise DeviceError(
-            f"bench decode of {random_weights} needs an NVIDIA GPU, and PyTorch sees none here; on a CPU it measures the "
+            f"{what} of {random_weights} needs an NVIDIA GPU, and PyTorch sees none here; on a CPU it measures the "
             f"reference mode alone: take the model demo, or a shape of at most {CPU_MOST_PARAMETERS // 10**6} million "
             "parameters"
         )
