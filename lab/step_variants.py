@@ -29,7 +29,7 @@ from clusterfusion.plan import BlockPlan, block
 from clusterfusion.random_weights import random_weights, uniform
 
 VECTORS = (
-    "begin residual_read normed attention_begin head_read attention_done output_wait output_begin output_ready down_wait "
+    "begin residual_read normed attention_wait attention_begin attention_done output_wait output_begin output_ready down_wait "
     "down_begin down_ready sums_wait published"
 ).split()
 TILES = (

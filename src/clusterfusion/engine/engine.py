@@ -289,19 +289,18 @@ class TextStream:
     def _tokens(self, max_new_tokens: int, sampler: Sampler) -> Generator[int, None, None]:
         start = time.perf_counter()
         with self._engine._borrow_session() as session:
-            logits = session.prefill(self._prompt_ids)
-            while True:
-                token = sampler.choose(logits, session.position)
-                session.check()  # choosing has waited for the step, so a failed one is seen before its token is used
-                self._last_token_s = time.perf_counter() - start
-                if not self._token_ids:
-                    self._first_token_s = self._last_token_s
-                self._token_ids.append(token)
-                yield token
-                if token in self._engine.eos_token_ids:
-                    self._finish_reason = "eos"
-                    return
-                if len(self._token_ids) == max_new_tokens:
-                    self._finish_reason = "length"
-                    return
-                logits = session.step(token)
+            token = sampler.choose(session.prefill(self._prompt_ids), session.position)
+            with contextlib.closing(session.decode(token, max_new_tokens - 1, sampler)) as following:
+                while True:
+                    self._last_token_s = time.perf_counter() - start
+                    if not self._token_ids:
+                        self._first_token_s = self._last_token_s
+                    self._token_ids.append(token)
+                    yield token
+                    if token in self._engine.eos_token_ids:
+                        self._finish_reason = "eos"
+                        return
+                    if len(self._token_ids) == max_new_tokens:
+                        self._finish_reason = "length"
+                        return
+                    token = next(following)

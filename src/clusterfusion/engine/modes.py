@@ -71,12 +71,18 @@ def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.
         return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
+    from clusterfusion.jit import decode_step, decoder_block
     from clusterfusion.jit.toolchain import find_toolchain
-    from clusterfusion.ops.layer_launch import plan_for
+    from clusterfusion.ops.layer_launch import ELEMENT_TYPES, plan_for
 
     try:
         find_toolchain()
-        plan_for(config, device.index)
+        plan = plan_for(config, device.index)
+        # CTAs that wait for one another must all be resident, which depends on the GPU's make and on who else holds it.
+        if name == "model":
+            decode_step.require_room(plan, ELEMENT_TYPES[dtype], device.index)
+        elif name != "split":
+            decoder_block.require_room(plan, ELEMENT_TYPES[dtype], device.index)
     except (DeviceError, UnsupportedModelError) as error:
         return str(error)
     return None

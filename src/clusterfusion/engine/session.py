@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from clusterfusion.weights import DecoderWeights
 
 if TYPE_CHECKING:
     from clusterfusion.engine.block_decoder import BlockDecoder
+    from clusterfusion.engine.sampling import Sampler
     from clusterfusion.engine.step_decoder import StepDecoder
 
 
@@ -61,6 +63,27 @@ class Session:
         token = as_int("token", token, 0, self._weights.config.vocab_size - 1)
         return self._forward(torch.tensor([token]))
 
+    def decode(self, token: int, count: int, sampler: Sampler) -> Generator[int, None, None]:
+        """The `count` tokens that follow `token`, which is the next one to take in. Each is taken in before the one after it
+        comes; the last one is not. In mode "model" the GPU chooses, where it can (`SamplingOptions.on_device`), and runs
+        ahead; what it computed past the last token that was asked for is void. Raises as `step` and `Sampler.choose` do.
+        """
+        if self._mode != "model" or not sampler.options.on_device:
+            for _ in range(count):
+                logits = self.step(token)
+                token = sampler.choose(logits, self._position)
+                self.check()  # choosing has waited for the step, so a failed one is seen before its token is used
+                yield token
+            return
+        token = as_int("token", token, 0, self._weights.config.vocab_size - 1)
+        self._require_room(count)
+        decoder = cast("StepDecoder", self._own_decoder())
+        following = decoder.stream(token, self._position, count, sampler.options.temperature, sampler.seed)
+        with contextlib.closing(following):
+            for chosen in following:
+                self._position += 1
+                yield chosen
+
     def check(self) -> None:
         """Raise DeviceError if a step that has ended on the GPU failed. `step` looks too, for the steps before it."""
         if self._decoder is not None:
@@ -83,18 +106,21 @@ class Session:
         return twin
 
     def _forward(self, ids: Tensor) -> Tensor:
-        end = self._position + len(ids)
-        if end > self.max_seq_len:
-            raise ContextLengthError(
-                f"{len(ids)} tokens after {self._position} make {end}; this session has room for {self.max_seq_len} "
-                "(rewind, reset, or load with a larger max_seq_len if the model allows it)"
-            )
+        self._require_room(len(ids))
         if len(ids) == 1 and self._mode != "reference":
             logits = self._own_decoder().step(int(ids), self._position)
         else:
             logits = reference.forward(self._weights, ids.to(self._weights.device), self._cache, self._position)
-        self._position = end
+        self._position += len(ids)
         return logits
+
+    def _require_room(self, tokens: int) -> None:
+        end = self._position + tokens
+        if end > self.max_seq_len:
+            raise ContextLengthError(
+                f"{tokens} tokens after {self._position} make {end}; this session has room for {self.max_seq_len} "
+                "(rewind, reset, or load with a larger max_seq_len if the model allows it)"
+            )
 
     def _own_decoder(self) -> BlockDecoder | StepDecoder:
         if self._decoder is None:

@@ -58,6 +58,12 @@ def instance(plan: BlockPlan, weight_type: ElementType, *, trace: bool = False, 
     return f"clusterfusion::decode_step<{shape}, {plan.config.num_layers}, {str(trace).lower()}, {fault_cta}>"
 
 
+def require_room(plan: BlockPlan, weight_type: ElementType, device_index: int) -> None:
+    """Raise DeviceError unless the device holds all CTAs of the step together. Compiles the kernel, for the steps to come."""
+    kernel = load_kernel(step_source(plan, weight_type), instance(plan, weight_type), device_index)
+    kernel.require_room(launch_shape(plan, cooperative=True))
+
+
 def prepare_step(
     plan: BlockPlan,
     weight_type: ElementType,

@@ -125,6 +125,14 @@ def launch_shape(plan: BlockPlan, *, cooperative: bool) -> LaunchShape:
     )
 
 
+def require_room(plan: BlockPlan, weight_type: ElementType, device_index: int) -> None:
+    """Raise DeviceError unless the device holds all CTAs of a fused layer, between float32 residuals, together. Compiles the
+    kernel, for the steps to come."""
+    name = instance(plan, weight_type, "float32", "whole")
+    kernel = load_kernel(block_source(plan, weight_type, "float32"), name, device_index)
+    kernel.require_room(launch_shape(plan, cooperative=True))
+
+
 def prepare(
     plan: BlockPlan,
     weight_type: ElementType,

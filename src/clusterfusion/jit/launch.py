@@ -107,6 +107,13 @@ class LoadedKernel:
 
         return launch_prepared
 
+    def require_room(self, shape: LaunchShape) -> None:
+        """Raise DeviceError unless the device takes a launch of this shape, all CTAs of a cooperative one together."""
+        import torch
+
+        with torch.cuda.device(self.device_index):
+            self._prepare(shape)
+
     def max_active_clusters(self, shape: LaunchShape) -> int:
         """How many clusters of this shape the device can hold at once, from the driver's occupancy calculator."""
         import torch
@@ -139,7 +146,7 @@ class LoadedKernel:
             if shape.clusters > resident:
                 raise DeviceError(
                     f"{self.instance} needs {shape.clusters} clusters of {shape.cluster_size} CTAs resident together; "
-                    f"{limits.name} holds {resident}"
+                    f"{limits.name} holds {resident} now"
                 )
         self._prepared.add(shape)
 

@@ -5,7 +5,7 @@ namespace clusterfusion {
 
 // The order of plan/trace.py: vector warps' events, tile warps' events, and a duration.
 enum class TraceEvent {
-  begin, residual_read, normed, attention_begin, head_read, attention_done, output_wait, output_begin, output_ready,
+  begin, residual_read, normed, attention_wait, attention_begin, attention_done, output_wait, output_begin, output_ready,
   down_wait, down_begin, down_ready, sums_wait, published,
   qkv_wait, qkv_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
   data_waited, count

@@ -74,9 +74,9 @@ class VectorWarps : public Attention<S> {
     }
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
-        trace_.mark(TraceEvent::attention_begin);
+        trace_.mark(TraceEvent::attention_wait);
         const bool tells =
-            this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::head_read); });
+            this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::attention_begin); });
         if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone));
         trace_.mark(TraceEvent::attention_done);
       }
