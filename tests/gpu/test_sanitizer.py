@@ -76,6 +76,23 @@ for number, options in enumerate({options}):
             assert out.isfinite().all()
 """
 
+STEP = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from clusterfusion import reference
+from clusterfusion.engine.step_decoder import StepDecoder
+from tiny_models import tiny_gpt_neox, weights_of
+for options in {options}:
+    weights = weights_of(tiny_gpt_neox(**options).to("cuda", torch.float16))
+    cache = reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda")
+    decoder = StepDecoder(weights, cache)
+    for position in (0, 1, 298):
+        assert decoder.step(3, position).isfinite().all()
+    for temperature in (0.0, 0.7):
+        assert len(list(decoder.stream(3, 40, 6, temperature, seed=5))) == 6
+"""
+
 WORKLOADS = {
     "norms": """
 import torch, clusterfusion
@@ -95,6 +112,7 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
 """,
     "decoder layer, parallel": LAYER.format(options=PARALLEL),
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
+    "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0])),
 }
 
 

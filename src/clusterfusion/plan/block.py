@@ -23,11 +23,14 @@ MAX_HEAD_DIM = 256
 MOST_SPLITS = 32
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
-# Tile warps to choose from, best first where rings are equally deep; fewer only where shared memory is scarce.
-WARPS = (8, 9, 10, 7, 11)
-SCARCE_WARPS = (6, 5, 4, 3, 2)
+# Tile warps to choose from, the most that leave the ring as deep as it can be, or nearly; fewer where shared memory is scarce.
+WARPS = (7, 8, 9, 10, 11)
+SCARCE_WARPS = (2, 3, 4, 5, 6)
+DEEP_ENOUGH = 0.95
+TYPICAL_WARPS = 9
 # Vector warps hold a vector of hidden_size in registers between them: three quads a thread and the norms' weights for them.
-FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 4, 8
+FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 6, 8
+SCARCE_VECTOR_WARPS = 4
 QUADS_A_THREAD = 3
 # Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
 MOST_WARPS = 16
@@ -36,10 +39,10 @@ CACHE_BYTES = 32768
 WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
 SCARCE_CACHE_BYTES = 8192
 SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 40 and 64 KB in flight are best. Messages
+# Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 50 and 64 KB in flight are best. Messages
 # between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
 TARGET_STAGE_BYTES = 8192
-WINDOW_BYTES = 40960
+WINDOW_BYTES = 51200
 WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
@@ -145,11 +148,11 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     row_bytes = config.hidden_size * ELEMENT_BYTES
     # Few rows a CTA (small models): smaller tiles, so that every warp has one.
     rows_each = -(-config.hidden_size // ctas)
-    rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // WARPS[0])))
+    rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // TYPICAL_WARPS)))
     stage_bytes = _round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
-    vector_warps = min(max(vector_warps, FEWEST_VECTOR_WARPS), FEWEST_VECTOR_WARPS if scarce else MOST_VECTOR_WARPS)
+    vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
     wide = config.hidden_size >= WIDE_HIDDEN_SIZE
     cache_stages = vector_warps if wide or scarce else 2 * vector_warps
     cache_bytes = SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
@@ -164,7 +167,10 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         return min(room, MAX_STAGES) // warps * warps
 
     allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS]
-    warps = max(allowed if any(stages_with(w) > 0 for w in allowed) else SCARCE_WARPS, key=stages_with)
+    if not any(stages_with(w) > 0 for w in allowed):
+        allowed = list(SCARCE_WARPS)
+    deepest = max(map(stages_with, allowed))
+    warps = max(w for w in allowed if stages_with(w) >= DEEP_ENOUGH * deepest)
     stages = stages_with(warps)
     if stages <= 0:
         raise UnsupportedModelError(
