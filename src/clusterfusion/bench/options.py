@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.engine.arguments import as_int
+from clusterfusion.arguments import as_int
 from clusterfusion.errors import ArgumentError, UnsupportedModelError
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.plan.block import why_not

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion import reference
+from clusterfusion.arguments import as_int
 from clusterfusion.bench.agreement import negative_log_likelihood
 from clusterfusion.bench.evaluation import Facts, Pace, Progress, Sides
 from clusterfusion.bench.texts import (
@@ -27,7 +28,6 @@ from clusterfusion.bench.texts import (
     text_bytes,
 )
 from clusterfusion.engine import Engine, Session
-from clusterfusion.engine.arguments import as_int
 from clusterfusion.engine.loading import DEMO
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.errors import ArgumentError

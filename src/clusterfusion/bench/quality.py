@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clusterfusion.arguments import as_int
 from clusterfusion.bench.agreement import (
     CONFIDENCE,
     RESAMPLES,
@@ -26,7 +27,6 @@ from clusterfusion.bench.evaluation import Facts, Pace, Progress, Sides
 from clusterfusion.bench.texts import default_text, encode, random_tokens, read_text
 from clusterfusion.bench.truth import HiddenProbe, Truth
 from clusterfusion.engine import Engine, Session
-from clusterfusion.engine.arguments import as_int
 
 DEFAULT_TOKENS = 256
 SEED = 0

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from clusterfusion.arguments import as_float, as_int
 from clusterfusion.bench.device_timer import DeviceTimer
 from clusterfusion.bench.environment import Origin, origin, require_gpu
 from clusterfusion.bench.options import FEWEST_REPEATS, MOST_REPEATS
 from clusterfusion.bench.read_ceiling import LEAD_BYTES, ReadCeiling, ReadSpeeds
 from clusterfusion.bench.samples import Candidate, round_robin, summarise
-from clusterfusion.engine.arguments import as_float, as_int
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.errors import ArgumentError
 from clusterfusion.jit.read_ceiling import ALIGNMENT, VARIANTS

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from clusterfusion.arguments import as_int
 from clusterfusion.bench.divergence import (
     RULE,
     BitDifference,
@@ -22,7 +23,6 @@ from clusterfusion.bench.evaluation import Facts, Progress, Sides
 from clusterfusion.bench.texts import PROMPTS, RANDOM_LENGTHS, random_tokens
 from clusterfusion.bench.truth import true_logits
 from clusterfusion.engine import MODES, Engine, Session
-from clusterfusion.engine.arguments import as_int
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import ModeChoice, choose_mode
 from clusterfusion.errors import ArgumentError

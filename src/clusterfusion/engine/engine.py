@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.engine.arguments import as_int
+from clusterfusion.arguments import as_int
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import ModeChoice
 from clusterfusion.engine.sampling import Sampler, SamplingOptions

@@ -11,7 +11,7 @@ import torch
 
 from clusterfusion import checkpoint
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.engine.arguments import as_int
+from clusterfusion.arguments import as_int
 from clusterfusion.engine.engine import Engine
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import choose_mode

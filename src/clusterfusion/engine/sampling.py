@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clusterfusion.engine.arguments import as_float, as_int
+from clusterfusion.arguments import as_float, as_int
 from clusterfusion.engine.gumbel import gumbel_noise
 from clusterfusion.errors import ArgumentError, DeviceError
 

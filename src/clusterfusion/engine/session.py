@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion import reference
-from clusterfusion.engine.arguments import as_int
+from clusterfusion.arguments import as_int
 from clusterfusion.errors import ArgumentError, ContextLengthError
 from clusterfusion.weights import DecoderWeights
 

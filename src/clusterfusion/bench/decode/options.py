@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
+from clusterfusion.arguments import as_int
 from clusterfusion.bench.options import parse_contexts
 from clusterfusion.engine import MODES, Engine, load
-from clusterfusion.engine.arguments import as_int
 from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.named_shapes import named_shape
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.engine.arguments import as_int
+from clusterfusion.arguments import as_int
 from clusterfusion.engine.modes import why_not
 from clusterfusion.errors import ArgumentError, UnsupportedModelError
 from clusterfusion.named_shapes import named_shape
