@@ -103,18 +103,20 @@ LM_HEAD = "lm_head"  # what "qkv" is after the last layer
 
 class Dependency(NamedTuple):
     """What CTAs give one another in a layer: a CTA has given its share at `given`; the vectors wait for everyone's from
-    `wait` to `begin`, for what the next layer starts from in that layer."""
+    `wait` to `begin`, for what the next layer starts from in that layer. `of_own_head`: only for those of the CTAs that own
+    rows of the head, so that a CTA may go on before the last one has given."""
 
     name: str
     given: str
     wait: str
     begin: str
     of_next_layer: bool = False
+    of_own_head: bool = False
 
 
 DEPENDENCIES = (
     Dependency("residual", "published", "begin", "residual_read", of_next_layer=True),
-    Dependency("q/k/v", "qkv_done", "attention_wait", "attention_begin"),
+    Dependency("q/k/v", "qkv_done", "attention_wait", "attention_begin", of_own_head=True),
     Dependency("attention", "attention_done", "output_wait", "output_begin"),
     Dependency("hidden", "up_done", "down_wait", "down_begin"),
 )

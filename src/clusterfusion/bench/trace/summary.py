@@ -33,7 +33,7 @@ class Skew:
     layers, and the most with its layer. `last_cta` is the one that was most often last, in `times_last` of `layers`.
 
     `hand_over_ns`: from the last share given to the median time when a CTA that was waiting for it goes on; the mean over
-    the layers where some CTA waited, None if there are none.
+    the layers where some CTA waited, None if there are none, or where a CTA waits for some of the others only.
     """
 
     dependency: str
@@ -167,5 +167,5 @@ def _skew(timeline: Timeline, of: Dependency) -> Skew | None:
         worst_layer=seen[worst],
         last_cta=int(late.argmax()),
         times_last=int(late.max()),
-        hand_over_ns=float(np.mean(hand_overs)) if hand_overs else None,
+        hand_over_ns=float(np.mean(hand_overs)) if hand_overs and not of.of_own_head else None,
     )
