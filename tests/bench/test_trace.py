@@ -423,5 +423,5 @@ def test_what_is_printed_is_a_page() -> None:
     cells = [re.split(r"\s{2,}", line.strip()) for line in printed]
     assert ["streaming", "0.50", "50.4", "0.27", "53.6", "1.78", "48.0"] in cells
     assert ["start", "0.21", "5.7"] in cells
-    assert ["q/k/v", "0.00", "0.00", "0", "CTA 0, 3 of 3", "0.08"] in cells
+    assert ["q/k/v", "0.00", "0.00", "0", "CTA 0, 3 of 3"] in cells
     assert "middle" not in tables.note(report) and "'middle'" in tables.note(made_report(parallel=False))
