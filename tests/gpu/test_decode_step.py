@@ -135,7 +135,7 @@ def test_a_cta_that_stops_arriving_is_an_error_and_no_hang() -> None:
     cache = empty_cache(weights, 64)
     decoder = StepDecoder(weights, cache, fault_cta=5)
     with pytest.raises(DeviceError, match="gave up waiting for the MLP's hidden vector"):
-        list(decoder.stream(1, 0, 2))
+        list(decoder.stream(1, 0, 1))
     with pytest.raises(DeviceError, match="Make a new session"):
         decoder.step(1, 0)
     assert StepDecoder(weights, cache).step(1, 0).isfinite().all(), "the device is well"
