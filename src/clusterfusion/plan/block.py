@@ -348,9 +348,7 @@ def _check_progress(plan: BlockPlan) -> None:
     or it would say nothing."""
     counters: collections.Counter[str] = collections.Counter()
     published = bytearray(3 * plan.config.hidden_size)  # rows of q, k and v
-    pending = {
-        (cta, role): collections.deque(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES
-    }
+    pending = {(cta, role): collections.deque(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
     signals, awaits = (
         {(cta, step.name) for (cta, _), steps in pending.items() for step in steps if step.kind == kind}
         for kind in ("signal", "await")

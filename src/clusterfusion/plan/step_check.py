@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,9 @@ from clusterfusion.plan import step
 from clusterfusion.plan.block import ROLES, BlockPlan, Role
 from clusterfusion.plan.step import Action
 
-Key = tuple[str, int, int]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
+Key = tuple[
+    str, int, int
+]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
 # Layer l and l + 1 differ in nothing but the number, which is checked; the buffers of x come round after X_BUFFERS.
 LAYERS_RUN = step.X_BUFFERS + 1
 
@@ -170,7 +173,9 @@ def _check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[A
                     _check(action.target == wanted, f"{wanted} arrivals are waited for", action)
             first = [("wait", "x", range(c.hidden_size))] if role == "vectors" else []
             for layer in range(1, c.num_layers):
-                _check(by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer]))
+                _check(
+                    by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])
+                )
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -284,7 +289,8 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
     for events, named in ((run.writes, _written(action)), (run.uses, _used(plan, action))):
         for name, layer in named:
             for part in _parts(plan, cta, name, action.rows):
-                events[*step.version(plan, name, layer), part].append(event)
+                vector, version = step.version(plan, name, layer)
+                events[vector, version, part].append(event)
     for writes, place, content in _shared(plan, action):
         run.shared[cta, place].append(Access(event, content, writes))
 
@@ -422,7 +428,7 @@ def _check_shared(run: Run) -> None:
     for (cta, place), accesses in run.shared.items():
         writes = [access for access in accesses if access.writes]
         where = f"{place} of CTA {cta}"
-        for first, second in zip(writes, writes[1:], strict=False):  # in the order of the run: enough of them are
+        for first, second in itertools.pairwise(writes):  # in the order of the run: enough of them are
             fault = unordered([first.event], [second.event])
             _check(fault is None, f"writes to {where} have an order", (first.content, second.content))
         for access in accesses:
