@@ -249,7 +249,13 @@ def run_step(plan: BlockPlan, position: int) -> Run:
     """All roles' schedules run against one another, each as far as its waits and its ring let it."""
     actors = [_Actor(plan, cta, role, position) for cta in range(plan.ctas) for role in ROLES]
     told = _Told(plan, actors)
-    run = Run(*(collections.defaultdict(list) for _ in range(4)), collections.defaultdict(lambda: Rounds([], [])))
+    run = Run(
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(lambda: Rounds([], [])),
+    )
     moved = True
     while moved:
         moved = False
