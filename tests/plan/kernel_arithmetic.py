@@ -57,7 +57,7 @@ def gemv(weights: Array, x: Array, parts: Sequence[int]) -> Array:
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float, warps: int) -> Array:
-    """BlockConsumer::normalise over the threads of so many warps, thread t holding elements 4 t to 4 t + 3 and so on."""
+    """VectorWarps::normalise over the threads of so many vector warps, thread t holding elements 4 t to 4 t + 3 and so on."""
     hidden, threads, dtype = len(x), warps * WARP, x.dtype.type
     items = -(-hidden // (4 * threads))
 

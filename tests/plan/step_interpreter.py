@@ -1,8 +1,9 @@
 """One decode step on the CPU, following the schedule of plan/step.py: CTAs that know only what they have waited for.
 
-Every CTA is a coroutine that takes its actions one at a time; which CTA goes next is random. Memory that CTAs share holds
-each element with the version it was written as, and reading any other version gives NaN: one that is not there yet, or one
-that was written over too early. Sums are the kernels', operation by operation (plan/kernel_arithmetic.py).
+Each role of each CTA is a coroutine that takes its actions one at a time; which one goes next is random. Memory that CTAs
+share, and places that the roles of a CTA share, hold what they hold with the version it was written as, and reading any
+other version gives NaN: one that is not there yet, or one that was written over too early. Signals between roles are
+awaited by parity, as in the kernel. Sums are the kernels', operation by operation (plan/kernel_arithmetic.py).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from plan.kernel_arithmetic import Array
 
 from clusterfusion import reference
 from clusterfusion.plan import BlockPlan, step, step_schedule
+from clusterfusion.plan.block import ROLES, Role
 from clusterfusion.plan.step import Action
 from clusterfusion.weights import DecoderWeights
 
-Schedule = Callable[[BlockPlan, int, int], Iterable[Action]]
+Schedule = Callable[[BlockPlan, int, Role, int], Iterable[Action]]
 EMBEDDING = 0  # the version of x that no CTA writes
 
 
@@ -51,9 +53,9 @@ class Memory:
         values[self._versions[name][buffer] != version] = np.nan
         return values if rows is None else values[rows.start : rows.stop]
 
-    def rows_of(self, name: str, version: int) -> int:
-        """How many rows have this version: what a poll of value and epoch sees."""
-        return int((self._versions[name][version % len(self._values[name])] == version).sum())
+    def complete(self, name: str, version: int, rows: range) -> bool:
+        """Whether these rows have this version: what a poll of value and epoch sees."""
+        return bool((self._versions[name][version % len(self._values[name]), rows.start : rows.stop] == version).all())
 
 
 class StepInterpreter:
@@ -81,13 +83,12 @@ class StepInterpreter:
         self.cos, self.sin = (table[0].numpy().astype(dtype) for table in angles)
 
     def run(self, seed: int) -> tuple[Array, int]:
-        """Logits [vocab] and the greedy token. CTAs go on in random order, some of them much slower than others."""
+        """Logits [vocab] and the greedy token. The roles of all CTAs go on in random order, some of them much slower than others."""
         c, plan = self.config, self.plan
         order = random.Random(seed)
         self.counters: collections.Counter[tuple[str, int]] = collections.Counter()
         self.memory = memory = Memory(self.dtype)
         memory.allocate("x", c.hidden_size, buffers=step.X_BUFFERS)
-        memory.allocate("middle", c.hidden_size)
         memory.allocate("qkv", 3 * c.hidden_size)
         memory.allocate("h", c.intermediate_size)
         memory.allocate("partials", c.num_heads * plan.partials_per_head, c.head_dim + 2)
@@ -98,15 +99,15 @@ class StepInterpreter:
         self.new_values = self.new_keys.copy()
         self.chosen: int | None = None
 
-        ctas = [Cta(self, number) for number in range(plan.ctas)]
-        running = {cta: cta.run() for cta in ctas}
-        speed = {cta: 10 ** order.uniform(-2, 2) for cta in ctas}
+        actors = [Actor(cta, role) for number in range(plan.ctas) for cta in [Cta(self, number)] for role in ROLES]
+        running = {actor: actor.run() for actor in actors}
+        speed = {actor: 10 ** order.uniform(-2, 2) for actor in actors}
         while running:
-            ready = [cta for cta in running if cta.ready()]
-            assert ready, f"deadlock: {[cta.waits_for for cta in running][:3]}"
-            cta = order.choices(ready, [speed[cta] for cta in ready])[0]
-            if next(running[cta], "done") == "done":
-                del running[cta]
+            ready = [actor for actor in running if actor.ready()]
+            assert ready, f"deadlock: {[actor.waits_for for actor in running][:3]}"
+            actor = order.choices(ready, [speed[actor] for actor in ready])[0]
+            if next(running[actor], "done") == "done":
+                del running[actor]
         assert self.chosen is not None
         return memory.read("logits", c.num_layers), self.chosen
 
@@ -124,6 +125,36 @@ class StepInterpreter:
         return np.zeros(len(rows), self.dtype) if vector is None else self.rows(vector, rows)
 
 
+class Actor:
+    """A role of a CTA under way."""
+
+    def __init__(self, cta: Cta, role: Role) -> None:
+        self.cta, self.role = cta, role
+        self.waits_for: Action | None = None
+
+    def ready(self) -> bool:
+        return self.waits_for is None or self.cta.met(self.waits_for)
+
+    def run(self) -> Iterator[None]:
+        cta = self.cta
+        do = {
+            "read": cta.read,
+            "publish": cta.publish,
+            "arrive": cta.arrive,
+            "load": cta.load,
+            "place": cta.place,
+            "signal": cta.signal,
+        }
+        for action in cta.s.schedule(cta.plan, cta.cta, self.role, cta.s.position):
+            if action.kind in ("wait", "await"):
+                self.waits_for = action
+                yield
+                self.waits_for = None
+                continue
+            do[action.kind](action)
+            yield
+
+
 class Cta:
     """One CTA. What it keeps from action to action is what the kernel keeps in shared memory and registers."""
 
@@ -132,30 +163,78 @@ class Cta:
         self.plan, self.config = step_.plan, step_.config
         self.head, self.split = divmod(cta, step_.plan.splits)
         self.cluster, self.rank = divmod(cta, step_.plan.cluster_size)
-        self.waits_for: Action | None = None
-        self.normed: dict[str, tuple[int, Array]] = {}
-        self.partial = self.o_sums = self.down_sums = np.empty(0)
+        self.rounds: collections.Counter[str] = collections.Counter()  # of every signal, completed
+        self.shared: dict[str, tuple[tuple[str, int], Array]] = {}  # places: what is there
+        self.loaded: dict[str, Array] = {}
+        self.own = np.empty(0)  # the CTA's rows of x, then of middle
+        self.partial = self.qkv = np.empty(0)
 
-    def ready(self) -> bool:
-        wait = self.waits_for
-        if wait is None:
-            return True
-        if wait.name in ("x", "middle"):
-            return self.s.memory.rows_of(wait.name, wait.layer) >= wait.target
+    def met(self, wait: Action) -> bool:
+        """By parity, an await of round n passes when n is the last complete round, or n - 2, and so on."""
+        if wait.kind == "await":
+            return self.rounds[wait.name] % 2 != wait.layer % 2
+        if wait.name in step.PAIRS:
+            name, version = step.version(self.plan, wait.name, wait.layer)
+            return self.s.memory.complete(name, version, wait.rows)
         return self.s.counters[self._counter(wait.name)] >= wait.target
-
-    def run(self) -> Iterator[None]:
-        for action in self.s.schedule(self.plan, self.cta, self.s.position):
-            if action.kind == "wait":
-                self.waits_for = action
-                yield
-                self.waits_for = None
-                continue
-            {"read": self.read, "publish": self.publish, "arrive": self.arrive}[action.kind](action)
-            yield
 
     def _counter(self, name: str) -> tuple[str, int]:
         return name, self.cluster if name == "exchange" else 0
+
+    # -- between roles
+
+    def signal(self, action: Action) -> None:
+        self.rounds[action.name] += 1
+
+    def put(self, place: str, content: str, layer: int, values: Array) -> None:
+        self.shared[place] = (content, layer), values
+
+    def find(self, place: str, content: str, layer: int) -> Array:
+        """What is in a place of shared memory; NaN where it is not that content."""
+        found, values = self.shared.get(place, (None, np.empty(0)))
+        if found == (content, layer):
+            return values
+        if place == "x2" and content == "hidden":
+            return np.full(self.config.intermediate_size, np.nan, self.s.dtype)
+        return np.full(self.config.hidden_size if place in ("x1", "x2") else 1, np.nan, self.s.dtype)
+
+    def load(self, action: Action) -> None:
+        memory, layer = self.s.memory, action.layer
+        if action.name in ("x", "middle"):
+            values = self.x(action.name, layer)
+        elif action.name == "qkv":
+            values = memory.read("qkv", layer, action.rows)
+        elif action.name == "partials":
+            values = self.attention(layer)
+        else:
+            values = memory.read("h", layer)
+        self.loaded[action.name] = values
+        if action.name == "x" and layer == 0:
+            rows = self.plan.rows(self.config.hidden_size, self.cta)
+            self.own = values[rows.start : rows.stop]
+
+    def place(self, action: Action) -> None:
+        name, layer = action.name, action.layer
+        if name == "attended":
+            self.put("x1", name, layer, self.loaded["partials"])
+        elif name == "hidden":
+            self.put("x2", name, layer, self.loaded["h"])
+        elif name == "middle_normed":
+            weights = self.s.weights.layers[layer]
+            assert weights.post_norm_bias is not None
+            normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
+            self.put("x2", name, layer, normed)
+        elif layer == self.config.num_layers:
+            w = self.s.weights
+            assert w.final_norm_bias is not None
+            self.put("x1", name, layer, self.norm("x", w.final_norm_weight, w.final_norm_bias))
+        else:
+            weights = self.s.weights.layers[layer]
+            assert weights.input_norm_bias is not None and weights.post_norm_bias is not None
+            self.put("x1", name, layer, self.norm("x", weights.input_norm_weight, weights.input_norm_bias))
+            if self.config.parallel_residual:
+                self.put("x2", name, layer, self.norm("x", weights.post_norm_weight, weights.post_norm_bias))
+            self.put("biases", "biases", layer, np.zeros(1, self.s.dtype))
 
     # -- reads
 
@@ -166,60 +245,58 @@ class Cta:
         s, layer, rows = self.s, action.layer, action.rows
         parts = step.row_parts(self.plan, action.name)
         if action.name == "lm_head":
-            w = s.weights
-            assert w.final_norm_bias is not None
-            x = self.norm("x", layer, w.final_norm_weight, w.final_norm_bias)
-            s.memory.write("logits", rows, layer, kernel.gemv(s.rows(w.lm_head, rows), x, parts)[:, 0])
+            x = self.find("x1", "normed", layer)
+            s.memory.write("logits", rows, layer, kernel.gemv(s.rows(s.weights.lm_head, rows), x, parts)[:, 0])
             return
         weights = s.weights.layers[layer]
-        assert weights.qkv_weight is not None and weights.input_norm_bias is not None
-        assert weights.post_norm_bias is not None
+        assert weights.qkv_weight is not None
         if action.name == "qkv":
-            x = self.norm("x", layer, weights.input_norm_weight, weights.input_norm_bias)
+            x = self.find("x1", "normed", layer)
             value = kernel.gemv(s.rows(weights.qkv_weight, rows), x, parts)[:, 0]
-            s.memory.write("qkv", rows, layer, value + s.bias(weights.qkv_bias, rows))
+            self.qkv = value + self.bias(weights.qkv_bias, layer, rows)
         elif action.name == "up":
-            before = "x" if self.config.parallel_residual else "middle"
-            x = self.norm(before, layer, weights.post_norm_weight, weights.post_norm_bias)
-            value = kernel.gemv(s.rows(weights.up_weight, rows), x, parts)[:, 0] + s.bias(weights.up_bias, rows)
+            x = self.find("x2", "normed" if self.config.parallel_residual else "middle_normed", layer)
+            value = kernel.gemv(s.rows(weights.up_weight, rows), x, parts)[:, 0]
+            value = value + self.bias(weights.up_bias, layer, rows)
             h = kernel.gelu(value, tanh=self.config.activation == "gelu_tanh")
             s.memory.write("h", rows, layer, s.rounded(h))
         elif action.name == "o":
-            self.o_sums = kernel.gemv(s.rows(weights.o_weight, rows), self.attention(layer), parts)
+            x = self.find("x1", "attended", layer)
+            self.put("o_sums", "o", layer, kernel.gemv(s.rows(weights.o_weight, rows), x, parts))
         else:
             assert action.name == "down"
-            h = s.memory.read("h", layer)
-            self.down_sums = kernel.gemv(s.rows(weights.down_weight, rows), h, parts)
+            x = self.find("x2", "hidden", layer)
+            self.put("down_sums", "down", layer, kernel.gemv(s.rows(weights.down_weight, rows), x, parts))
 
-    def x(self, version: int) -> Array:
+    def bias(self, vector: torch.Tensor | None, layer: int, rows: range) -> Array:
+        return self.s.bias(vector, rows) + self.find("biases", "biases", layer)
+
+    def x(self, name: str, layer: int) -> Array:
+        """A version of the residual stream."""
+        stream, version = step.version(self.plan, name, layer)
         if version == EMBEDDING:
             return self.s.array(self.s.weights.embedding[self.s.token])
-        return self.s.memory.read("x", version)
+        return self.s.memory.read(stream, version)
 
-    def norm(self, of: str, version: int, weight: torch.Tensor, bias: torch.Tensor) -> Array:
-        """A vector normed, from memory as it is at the first use of this version by this CTA: later ones find the normed
-        vector in shared memory. The two norms of parallel residual share one load."""
-        if self.normed.get(of, (-1,))[0] != version:
-            self.normed[of] = version, self.x(version) if of == "x" else self.s.memory.read(of, version)
-        values = self.normed[of][1]
-        return kernel.layer_norm(
-            values, self.s.array(weight), self.s.array(bias), self.config.norm_eps, self.plan.warps
-        )
+    def norm(self, of: str, weight: torch.Tensor, bias: torch.Tensor) -> Array:
+        """A vector that has been loaded, normed. The two norms of parallel residual share one load."""
+        w, b, eps = self.s.array(weight), self.s.array(bias), self.config.norm_eps
+        return kernel.layer_norm(self.loaded[of], w, b, eps, self.plan.vector_warps)
 
     def attention(self, layer: int) -> Array:
-        """The attention's output of all heads [hidden]: BlockConsumer::load_attention."""
+        """The attention's output of all heads [hidden]: Attention::load_attention."""
         each = self.s.memory.read("partials", layer).reshape(self.config.num_heads, -1, self.config.head_dim + 2)
         merged = [kernel.merge(partials) for partials in each]
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])
 
     def attend(self, action: Action) -> Array:
-        """This CTA's partial of its head: BlockConsumer::attend up to the exchange."""
+        """This CTA's partial of its head: Attention::attend up to the exchange."""
         s, plan, layer = self.s, self.plan, action.layer
-        query, key, value = self.load_heads(layer)
+        query, key, value = self.rotated()
         slots: dict[int, kernel.AttentionWarp] = {}
         for number, tile in enumerate(action.rows):
             tokens = slice(tile * plan.tile_tokens, min((tile + 1) * plan.tile_tokens, s.position))
-            warp = slots.setdefault(number % plan.warps, kernel.AttentionWarp(query))
+            warp = slots.setdefault(number % plan.vector_warps, kernel.AttentionWarp(query))
             warp.add_tile(s.keys[layer, self.head, tokens], s.values[layer, self.head, tokens])
         partials = [slots[slot].partial() for slot in sorted(slots)]
         if self.split == 0:
@@ -227,11 +304,10 @@ class Cta:
             partials.append(self.new_token(query, key, value))
         return kernel.merge(np.array(partials, s.dtype).reshape(-1, self.config.head_dim + 2))
 
-    def load_heads(self, layer: int) -> tuple[Array, Array, Array]:
+    def rotated(self) -> tuple[Array, Array, Array]:
         """q, k, v of the head: rotated, q scaled, k and v as the cache holds them."""
         s, size = self.s, self.config.head_dim
-        rows = range(3 * self.head * size, 3 * (self.head + 1) * size)
-        q, k, v = s.memory.read("qkv", layer, rows).reshape(3, size)
+        q, k, v = self.loaded["qkv"].reshape(3, size)
         half = self.config.rotary.dim // 2
 
         def rotate(of: Array) -> Array:
@@ -270,23 +346,24 @@ class Cta:
             s.chosen = int(s.memory.read("logits", layer).argmax())
 
     def publish(self, action: Action) -> None:
-        """The CTA's rows of x of the next layer, or of the residual between attention and MLP."""
-        s, rows = self.s, action.rows
-        if action.name == "middle":
-            s.memory.write("middle", rows, action.layer, self.attended(action.layer, rows))
+        """The CTA's rows of q, k, v, of x of the next layer, or of the residual between attention and MLP."""
+        name, version = step.version(self.plan, action.name, action.layer)
+        if action.name == "qkv":
+            self.s.memory.write(name, action.rows, version, self.qkv)
             return
-        layer = action.layer - 1
-        parallel = self.config.parallel_residual
-        value = self.attended(layer, rows) if parallel else s.memory.read("middle", layer, rows)
-        mlp = self.folded(s.bias(s.weights.layers[layer].down_bias, rows), self.down_sums)
-        s.memory.write("x", rows, action.layer, value + mlp)
+        of_layer = action.layer - (action.name == "x")
+        weights = self.s.weights.layers[of_layer]
+        value = self.own
+        if self.config.parallel_residual or action.name == "middle":
+            value = value + self.folded("o", weights.o_bias, of_layer, action.rows)
+        if action.name == "x":
+            value = value + self.folded("down", weights.down_bias, of_layer, action.rows)
+        self.own = value
+        self.s.memory.write(name, action.rows, version, value)
 
-    def attended(self, layer: int, rows: range) -> Array:
-        residual = self.x(layer)[rows.start : rows.stop]
-        return residual + self.folded(self.s.bias(self.s.weights.layers[layer].o_bias, rows), self.o_sums)
-
-    def folded(self, bias: Array, sums: Array) -> Array:
-        """A bias and the parts of a row, in order."""
-        for part in sums.T:
-            bias = bias + part
-        return bias
+    def folded(self, matrix: str, bias: torch.Tensor | None, layer: int, rows: range) -> Array:
+        """A bias and the parts of a row's sum, in order."""
+        value = self.bias(bias, layer, rows)
+        for part in self.find(f"{matrix}_sums", matrix, layer).T:
+            value = value + part
+        return value

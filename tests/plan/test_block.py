@@ -30,7 +30,10 @@ def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
         return
     plan = plan_block(config, limits)
     check_plan(plan)
-    assert plan.window_stages * plan.stage_bytes <= max(planning.WINDOW_BYTES, plan.stage_bytes)
+    wide = config.hidden_size >= planning.WIDE_HIDDEN_SIZE
+    window = planning.WIDE_WINDOW_BYTES if wide else planning.WINDOW_BYTES
+    assert plan.window_stages * plan.stage_bytes <= max(window, plan.stage_bytes)
+    assert plan.vector_warps + plan.warps < planning.MOST_WARPS
     for total in (3 * config.hidden_size, config.intermediate_size, config.hidden_size):
         counts = {len(plan.rows(total, cta)) for cta in range(plan.ctas)}
         assert max(counts) - min(counts) <= 1, "rows are dealt as evenly as they divide"
@@ -69,27 +72,40 @@ def test_the_check_sees_rows_left_out_and_dependencies_that_never_come(
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, parallel_residual=parallel))
     check_plan(plan)
     original = planning.schedule
-    kinds = {(step.kind, step.name) for cta in range(plan.ctas) for step in original(plan, cta)}
+    roles = [(cta, role) for cta in range(plan.ctas) for role in planning.ROLES]
+    kinds = {(step.kind, step.name) for cta, role in roles for step in original(plan, cta, role)}
+    complaints = {"arrive": "no deadlock", "signal": "no deadlock", "read": " read", "publish": " publish"}
     for kind, name in sorted(kinds):
-        if kind == "wait":
+        if kind in ("wait", "await") or ("exchange" in name and name != "exchange of cluster 32"):
             continue
 
-        def without(plan: BlockPlan, cta: int, kind: str = kind, name: str = name) -> list[planning.Step]:
-            return [s for s in original(plan, cta) if cta != 64 or (s.kind, s.name) != (kind, name)]
+        def without(
+            plan: BlockPlan, cta: int, role: planning.Role, kind: str = kind, name: str = name
+        ) -> list[planning.Step]:
+            return [s for s in original(plan, cta, role) if cta != 64 or (s.kind, s.name) != (kind, name)]
 
         monkeypatch.setattr(planning, "schedule", without)
-        with pytest.raises(AssertionError, match="no deadlock" if kind == "arrive" else f"{name} (is|are) read"):
+        with pytest.raises(AssertionError, match=complaints[kind]):
             check_plan(plan)
+
+
+def test_the_check_sees_a_signal_that_nobody_awaits(plan: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = planning.schedule
+    monkeypatch.setattr(
+        planning, "schedule", lambda *of: [s for s in original(*of) if (s.kind, s.name) != ("await", "projected")]
+    )
+    with pytest.raises(AssertionError, match="every signal is awaited"):
+        check_plan(plan)
 
 
 def test_the_check_sees_a_wait_before_its_own_signal(plan: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     original = planning.schedule
 
-    def wait_first(plan: BlockPlan, cta: int) -> list[planning.Step]:
-        steps = list(original(plan, cta))
-        arrive = steps.index(planning.Step("arrive", "hidden"))
-        wait = next(i for i, s in enumerate(steps) if (s.kind, s.name) == ("wait", "hidden"))
-        steps.insert(arrive, steps.pop(wait))
+    def wait_first(plan: BlockPlan, cta: int, role: planning.Role) -> list[planning.Step]:
+        steps = list(original(plan, cta, role))
+        if role == "tiles":
+            arrive = steps.index(planning.Step("arrive", "hidden"))
+            steps.insert(arrive, steps.pop(steps.index(planning.Step("await", "hidden"))))
         return steps
 
     monkeypatch.setattr(planning, "schedule", wait_first)

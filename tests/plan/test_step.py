@@ -31,10 +31,10 @@ from clusterfusion.plan import (
     check_step,
     plan_block,
     step,
-    step_check,
 )
+from clusterfusion.plan.block import ROLES, Role
 from clusterfusion.plan.step import Action
-from clusterfusion.plan.step_check import buffers_needed, run_step
+from clusterfusion.plan.step_check import _check_waits, buffers_needed, prove, run_step
 from clusterfusion.weights import DecoderWeights
 
 GPT_NEOX = [name for name in NAMED_SHAPES if named_shape(name).family == "gpt_neox"]
@@ -109,8 +109,8 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
     original = step.step_schedule
 
     def use(edit: Edit) -> None:
-        def schedule(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Action]:
-            yield from edit(cta, list(original(plan, cta, position)))
+        def schedule(plan: BlockPlan, cta: int, role: Role, position: int = 0) -> Iterator[Action]:
+            yield from edit(cta, list(original(plan, cta, role, position)))
 
         monkeypatch.setattr(step, "step_schedule", schedule)
 
@@ -118,36 +118,53 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
 
 
 def kinds(plan: BlockPlan, kind: str) -> list[str]:
-    return sorted({a.name for cta in range(plan.ctas) for a in step.step_schedule(plan, cta, 99) if a.kind == kind})
+    roles = [(cta, role) for cta in range(plan.ctas) for role in ROLES]
+    return sorted({a.name for cta, role in roles for a in step.step_schedule(plan, cta, role, 99) if a.kind == kind})
+
+
+# Each wait, and what is found wrong in a run without it, other than that layers are not alike.
+WAITS = {
+    "attention": "partials of layer . is complete before its use",
+    "exchange": "exchange of layer . is complete before its use",
+    "hidden": "h of layer . is complete before its use",
+    "middle": "x of layer . is complete before its use",
+    "qkv": "qkv of layer . is complete before its use",
+    "x": "x of layer . is complete before its use",
+}
+AWAITS = {
+    "attended": "x1 of CTA .* holds",
+    "down_sums": "down_sums of CTA .* holds|x[12] of CTA .* is not written over",
+    # Counters say as much when all is well; these two matter to a CTA that has given up waiting for one.
+    "expanded": "expanded of CTA .* is awaited in every layer",
+    "projected": "projected of CTA .* is awaited in every layer",
+    "hidden": "x2 of CTA .* holds",
+    "middle_normed": "x2 of CTA .* holds",
+    "normed": "x1 of CTA .* holds|1 buffers of h suffice",
+    "output_sums": "o_sums of CTA .* holds",
+}
 
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_the_check_sees_a_missing_wait(parallel: bool, edited: Callable[[Edit], None]) -> None:
     plan = small_plan(parallel)
     check_step(plan)
-    names = kinds(plan, "wait")
-    assert len(names) == (5 if parallel else 6)
-    for name in names:
-        edited(lambda cta, actions, name=name: [a for a in actions if (a.kind, a.name) != ("wait", name)])  # type: ignore[misc]
-        with pytest.raises(AssertionError, match="step: "):
-            check_step(plan)
-        # Not only because layer 0 has a wait for x that layer 1 lacks, or a buffer too few: what is used is not there.
-        vector = {"qkv": "qkv", "attention": "partials", "hidden": "h"}.get(name, name)
-        with pytest.raises(AssertionError, match=f"{vector} of layer . is complete before its use"):
-            _prove(plan)
-
-
-def _prove(plan: BlockPlan) -> None:
-    run = run_step(plan, 999)
-    step_check._check_vectors(run)
-    step_check._check_waits(run)
+    for kind, complaints in (("wait", WAITS), ("await", AWAITS)):
+        only_sequential = {"middle", "middle_normed", "output_sums"}
+        names = kinds(plan, kind)
+        assert set(names) == (complaints.keys() - only_sequential if parallel else complaints.keys())
+        for name in names:
+            edited(lambda cta, actions, each=(kind, name): [a for a in actions if (a.kind, a.name) != each])  # type: ignore[misc]
+            with pytest.raises(AssertionError, match="step: "):
+                check_step(plan)
+            with pytest.raises(AssertionError, match=complaints[name]):
+                prove(plan, 999)
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_the_check_sees_a_missing_arrival_publication_or_read(parallel: bool, edited: Callable[[Edit], None]) -> None:
+def test_the_check_sees_anything_else_missing(parallel: bool, edited: Callable[[Edit], None]) -> None:
     plan = small_plan(parallel)
-    names = [(kind, name) for kind in ("arrive", "publish", "read") for name in kinds(plan, kind)]
-    assert len(names) == (12 if parallel else 13)
+    names = [(kind, name) for kind in ("arrive", "publish", "read", "signal") for name in kinds(plan, kind)]
+    assert len(names) == (18 if parallel else 21)
     for each in names:
         edited(
             lambda cta, actions, each=each: [a for a in actions if cta not in (4, 5) or (a.kind, a.name) != each]  # type: ignore[misc]
@@ -156,58 +173,62 @@ def test_the_check_sees_a_missing_arrival_publication_or_read(parallel: bool, ed
             check_step(plan)
 
 
+def move(actions: list[Action], what: tuple[str, str], ahead_of: tuple[str, str]) -> list[Action]:
+    """In every layer, puts the first action of the one kind and name before the last of the other ahead of it."""
+    moved: list[Action] = []
+    for action in actions:
+        at = len(moved)
+        if (action.kind, action.name) == what:
+            at = max((i for i, a in enumerate(moved) if (a.kind, a.name) == ahead_of), default=at)
+        moved.insert(at, action)
+    return moved
+
+
 @pytest.mark.parametrize("parallel", [True, False])
-def test_the_check_sees_an_arrival_ahead_of_its_work(parallel: bool, edited: Callable[[Edit], None]) -> None:
-    """Arriving for q, k and v before their rows are done changes no count and no order of waits."""
-
-    def early(cta: int, actions: list[Action]) -> list[Action]:
-        for at, action in enumerate(actions):
-            if (action.kind, action.name) == ("arrive", "qkv"):
-                actions[at - 1 : at + 1] = actions[at], actions[at - 1]
-        return actions
-
-    edited(early)
-    with pytest.raises(AssertionError, match="qkv of layer 0 is complete before its use"):
-        check_step(small_plan(parallel))
+@pytest.mark.parametrize(
+    ("what", "ahead_of", "complaint"),
+    [
+        (("arrive", "hidden"), ("read", "up"), "h of layer 0 is complete before its use"),
+        (("signal", "normed"), ("place", "normed"), "x1 of CTA .* holds"),
+        (("signal", "down_sums"), ("read", "down"), "down_sums of CTA .* holds|x[12] of CTA .* is not written over"),
+        (("place", "normed"), ("await", "down_sums"), "."),
+    ],
+)
+def test_the_check_sees_word_ahead_of_its_work(
+    parallel: bool, what: tuple[str, str], ahead_of: tuple[str, str], complaint: str, edited: Callable[[Edit], None]
+) -> None:
+    """Which changes no count."""
+    edited(lambda cta, actions: move(actions, what, ahead_of))
+    with pytest.raises(AssertionError, match=complaint):
+        prove(small_plan(parallel), 99)
 
 
 def test_the_check_sees_a_circle_of_waits(edited: Callable[[Edit], None]) -> None:
-    def circle(cta: int, actions: list[Action]) -> list[Action]:
-        for at, action in enumerate(actions):
-            if (action.kind, action.name) == ("arrive", "hidden"):
-                wait = next(i for i in range(at, len(actions)) if actions[i].name == "hidden" and i > at)
-                actions.insert(at, actions.pop(wait))
-                break
-        return actions
-
-    edited(circle)
+    edited(lambda cta, actions: move(actions, ("await", "hidden"), ("read", "up")))
     with pytest.raises(AssertionError, match="no deadlock"):
         run_step(small_plan(), 99)
 
 
 def test_the_check_sees_a_count_reached_by_the_next_layer(edited: Callable[[Edit], None]) -> None:
-    """With nothing but its cluster to wait for, a fast CTA's arrival of layer 1 could stand in for a slow one's of layer 0, though in
-    an even run every count would be right."""
+    """With nothing but its own CTA to wait for, a fast CTA's arrival of layer 1 could stand in for a slow one's of layer 0,
+    though in an even run every count would be right."""
     edited(lambda cta, actions: [a for a in actions if a.kind != "wait" or a.name == "exchange"])
-    run = run_step(small_plan(), 99)
-    with pytest.raises(AssertionError, match="arrivals at qkv of layer 1 come after all of layer 0"):
-        step_check._check_waits(run)
+    with pytest.raises(AssertionError, match="arrivals at .* of layer 1 come after all of layer 0"):
+        _check_waits(run_step(small_plan(), 99))
 
 
-def test_the_check_sees_buffers_written_over_too_early(edited: Callable[[Edit], None]) -> None:
-    """The barriers of a layer are what makes few buffers suffice: without them the count of buffers needed grows."""
-    plan = small_plan()
-    assert buffers_needed(run_step(plan, 99)) == {"x": 1, "qkv": 1, "exchange": 1, "partials": 1, "h": 1}
-    edited(lambda cta, actions: [a for a in actions if a.name != "hidden"])
-    needed = buffers_needed(run_step(plan, 99))
-    assert needed["x"] == 2, "x of layer l + 1 is written when all have published, and so read, x of layer l - 1"
+@pytest.mark.parametrize("parallel", [True, False])
+def test_one_buffer_of_everything_suffices(parallel: bool) -> None:
+    """Everyone has read the residual stream before anyone's next wait of a layer is over."""
+    needed = buffers_needed(run_step(small_plan(parallel), 99))
+    assert needed == {"x": 1, "qkv": 1, "exchange": 1, "partials": 1, "h": 1}
 
 
 def test_the_check_sees_a_producer_with_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     original = step.producer_order
 
-    def swapped(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[step.Tile]:
-        order = list(original(plan, cta, position))
+    def swapped(plan: BlockPlan, cta: int) -> Iterator[step.Tile]:
+        order = list(original(plan, cta))
         if cta == 3:
             order[5], order[6] = order[6], order[5]
         yield from order
@@ -291,10 +312,10 @@ CASES = {
     "one CTA a head": Case(ctas=6, position=101),
     "one cluster a head, CTAs without a head": Case(ctas=10),
     "rows of down in three parts": Case({"intermediate_size": 1040}, ctas=12),
-    "more CTAs than rows": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
-    "more CTAs than rows, parallel": Case({"num_hidden_layers": 3}, ctas=40, position=101),
+    "a row or two a CTA": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
+    "a row or two a CTA, parallel": Case({"num_hidden_layers": 3}, ctas=40, position=101),
     "several tiles a warp": Case(
-        {"hidden_size": 128}, ctas=8, position=101, plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 4}
+        {"hidden_size": 128}, ctas=8, position=101, plan={"tile_tokens": 8, "vector_warps": 2, "cache_stages": 4}
     ),
     "nothing cached": Case(position=0),
     "one token cached": Case(position=1),
@@ -348,23 +369,33 @@ def test_a_missing_wait_shows_in_the_results(parallel: bool) -> None:
     """In one CTA alone: what it should have waited for is not there, in some order at least."""
     case = Case({"use_parallel_residual": parallel, "num_hidden_layers": 3}, ctas=10)
     plan, weights, cache, ids = case.build()
-    for name in kinds(plan, "wait"):
+    awaits = [name for name in kinds(plan, "await") if name not in ("expanded", "projected")]
+    for each in [*(("wait", name) for name in kinds(plan, "wait")), *(("await", name) for name in awaits)]:
 
-        def schedule(plan: BlockPlan, cta: int, position: int, name: str = name) -> Iterator[Action]:
-            actions = step.step_schedule(plan, cta, position)
-            return (a for a in actions if cta != 4 or (a.kind, a.name) != ("wait", name))
+        def schedule(
+            plan: BlockPlan, cta: int, role: Role, position: int, each: tuple[str, str] = each
+        ) -> Iterator[Action]:
+            actions = step.step_schedule(plan, cta, role, position)
+            return (a for a in actions if cta != 4 or (a.kind, a.name) != each)
 
         interpreter = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position, schedule=schedule)
-        assert any(np.isnan(interpreter.run(seed)[0]).any() for seed in range(20)), name
+        assert any(_goes_wrong(interpreter, seed) for seed in range(20)), each
+
+
+def _goes_wrong(interpreter: StepInterpreter, seed: int) -> bool:
+    """NaN, or a CTA that missed a round and waits for ever."""
+    try:
+        return bool(np.isnan(interpreter.run(seed)[0]).any())
+    except AssertionError:
+        return True
 
 
 def test_a_missing_arrival_is_a_deadlock() -> None:
     plan, weights, cache, ids = Case(ctas=10).build()
 
-    def schedule(plan: BlockPlan, cta: int, position: int) -> Iterator[Action]:
-        return (
-            a for a in step.step_schedule(plan, cta, position) if cta != 4 or (a.kind, a.name) != ("arrive", "hidden")
-        )
+    def schedule(plan: BlockPlan, cta: int, role: Role, position: int) -> Iterator[Action]:
+        actions = step.step_schedule(plan, cta, role, position)
+        return (a for a in actions if cta != 4 or (a.kind, a.name) != ("arrive", "hidden"))
 
     with pytest.raises(AssertionError, match="deadlock"):
         StepInterpreter(plan, weights, cache, int(ids[-1]), 45, schedule=schedule).run(seed=0)

@@ -246,44 +246,65 @@ def _round_up(value: int, unit: int) -> int:
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
+Role = Literal["vectors", "tiles"]
+ROLES: tuple[Role, ...] = ("vectors", "tiles")
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One thing a CTA does in the fused launch: read rows of a matrix, arrive at a counter, or wait for one."""
+    """One thing that a role of a CTA does in the fused launch: read rows of a matrix, publish rows as pairs of value and epoch
+    or wait for some, arrive at a counter or wait for one, signal the CTA's other role or await its signal."""
 
-    kind: Literal["read", "arrive", "wait"]
+    kind: Literal["read", "publish", "arrive", "wait", "signal", "await"]
     name: str
     rows: range = range(0)
     target: int = 0
 
 
-def schedule(plan: BlockPlan, cta: int) -> Iterator[Step]:
-    """What a CTA does in the fused launch, in order; BlockConsumer::run in the program does the same."""
+def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
+    """What a role of a CTA does in the fused launch, in order; VectorWarps::run and TileWarps::run in the program do the
+    same."""
     c = plan.config
-    up = plan.rows(c.intermediate_size, cta)
-    attends = cta < c.num_heads * plan.splits
-    yield Step("read", "qkv", plan.rows(3 * c.hidden_size, cta))
-    yield Step("arrive", "qkv")
-    early = up
-    if c.parallel_residual:
-        tile_rows = max(1, plan.stage_bytes // (c.hidden_size * ELEMENT_BYTES))
-        early = up[: len(up) // 2 // tile_rows * tile_rows]
-        yield Step("read", "up", early)
-    if attends:
-        yield Step("wait", "qkv", target=plan.ctas)
+    qkv, up, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.intermediate_size, c.hidden_size))
+    if role == "tiles":
+        expand = (Step("read", "up", up), Step("signal", "expanded"), Step("arrive", "hidden"))
+        yield Step("await", "normed")
+        yield Step("read", "qkv", qkv)
+        yield Step("publish", "qkv", qkv)
+        yield Step("signal", "projected")
+        if c.parallel_residual:
+            yield from expand
+        yield Step("await", "attended")
+        yield Step("read", "o", out)
+        if not c.parallel_residual:
+            yield Step("signal", "output_sums")
+            yield Step("await", "middle_normed")
+            yield from expand
+        yield Step("await", "hidden")
+        yield Step("read", "down", out)
+        yield Step("signal", "down_sums")
+        return
+    yield Step("signal", "normed")
+    if cta < c.num_heads * plan.splits:
+        head = cta // plan.splits
+        yield Step("wait", "qkv", range(head * 3 * c.head_dim, (head + 1) * 3 * c.head_dim))
+        if plan.merged_ctas > 1:
+            yield Step("arrive", f"exchange of cluster {cta // plan.cluster_size}")
+            yield Step("wait", f"exchange of cluster {cta // plan.cluster_size}", target=plan.merged_ctas)
         if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
             yield Step("arrive", "attention")
-    if c.parallel_residual:
-        yield Step("read", "up", up[len(early) :])
-        yield Step("arrive", "hidden")
     yield Step("wait", "attention", target=c.num_heads * plan.partials_per_head)
-    yield Step("read", "o", plan.rows(c.hidden_size, cta))
+    yield Step("await", "projected")
+    yield Step("signal", "attended")
     if not c.parallel_residual:
+        yield Step("await", "output_sums")
         yield Step("arrive", "middle")
         yield Step("wait", "middle", target=plan.ctas)
-        yield Step("read", "up", up)
-        yield Step("arrive", "hidden")
+        yield Step("signal", "middle_normed")
     yield Step("wait", "hidden", target=plan.ctas)
-    yield Step("read", "down", plan.rows(c.hidden_size, cta))
+    yield Step("await", "expanded")
+    yield Step("signal", "hidden")
+    yield Step("await", "down_sums")
 
 
 def check_plan(plan: BlockPlan) -> None:
@@ -315,34 +336,54 @@ def check_plan(plan: BlockPlan) -> None:
 def _check_coverage(plan: BlockPlan) -> None:
     c = plan.config
     sizes = {"qkv": 3 * c.hidden_size, "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
-    read: dict[str, list[range]] = collections.defaultdict(list)
+    dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
     for cta in range(plan.ctas):
-        for step in schedule(plan, cta):
-            if step.kind == "read" and step.rows:
-                read[step.name].append(step.rows)
-    for name, size in sizes.items():
+        for step in schedule(plan, cta, "tiles"):
+            if step.kind in ("read", "publish") and step.rows:
+                dealt[step.kind, step.name].append(step.rows)
+    for kind, name in [*(("read", name) for name in sizes), ("publish", "qkv")]:
         end = 0
-        for rows in sorted(read[name], key=lambda r: r.start):
-            _check(rows.start == end, f"every row of {name} is read once", rows)
+        for rows in sorted(dealt[kind, name], key=lambda r: r.start):
+            _check(rows.start == end, f"every row of {name} is {kind} once", rows)
             end = rows.stop
-        _check(end == size, f"all rows of {name} are read", end)
+        _check(end == sizes[name], f"all rows of {name} are {kind}", end)
 
 
 def _check_progress(plan: BlockPlan) -> None:
-    """Runs all CTAs' schedules against one another: all resident, each as far as its waits let it."""
+    """Runs all roles of all CTAs against one another: all resident, each as far as its waits let it. Every signal is awaited,
+    or it would say nothing."""
     counters: collections.Counter[str] = collections.Counter()
-    pending = {cta: collections.deque(schedule(plan, cta)) for cta in range(plan.ctas)}
+    published = bytearray(3 * plan.config.hidden_size)  # rows of q, k and v
+    pending = {(cta, role): collections.deque(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
+    signals, awaits = (
+        {(cta, step.name) for (cta, _), steps in pending.items() for step in steps if step.kind == kind}
+        for kind in ("signal", "await")
+    )
+    _check(signals <= awaits, "every signal is awaited", sorted(signals - awaits)[:3])
+    given: set[tuple[int, str]] = set()
+
+    def met(cta: int, step: Step) -> bool:
+        if step.kind == "await":
+            return (cta, step.name) in given
+        if step.kind != "wait":
+            return True
+        return all(published[step.rows.start : step.rows.stop]) and counters[step.name] >= step.target
+
     moved = True
     while pending and moved:
         moved = False
-        for cta, steps in list(pending.items()):
-            while steps and not (steps[0].kind == "wait" and counters[steps[0].name] < steps[0].target):
+        for (cta, role), steps in list(pending.items()):
+            while steps and met(cta, steps[0]):
                 step = steps.popleft()
                 counters[step.name] += step.kind == "arrive"
+                if step.kind == "signal":
+                    given.add((cta, step.name))
+                if step.kind == "publish":
+                    published[step.rows.start : step.rows.stop] = bytes([1]) * len(step.rows)
                 moved = True
             if not steps:
-                del pending[cta]
-    _check(not pending, "no deadlock", {cta: steps[0] for cta, steps in list(pending.items())[:3]})
+                del pending[cta, role]
+    _check(not pending, "no deadlock", {actor: steps[0] for actor, steps in list(pending.items())[:3]})
 
 
 def _check(ok: bool, what: str, seen: object) -> None:

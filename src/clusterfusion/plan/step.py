@@ -1,11 +1,14 @@
 """The schedule of a whole decode step in one launch, as data: every layer, the final norm, the LM head, the choice.
 
 It uses the plan of one decoder layer (plan/block.py) for all of them. CTA c of G owns rows [c R / G, (c + 1) R / G) of every
-matrix, the LM head included, and of the residual stream x. `step_schedule` says what a CTA does and in which order; its
-reads, in the same order, are what its producer copies through the ring. plan/step_check.py proves it sound.
+matrix, the LM head included, and of the residual stream x. A CTA has two roles that go on side by side, each in its own
+order: its tile warps multiply weights, its vector warps make what they are multiplied by. `step_schedule` says what a role
+does and in which order; the tile warps' reads, in the same order, are what the producer copies through the ring.
+plan/step_check.py proves it sound.
 
-What CTAs tell one another: counters, which only grow (qkv, attention, hidden, token; exchange, one a cluster), and vectors
-whose rows travel as pairs of value and epoch (x, and for sequential residual middle), which need no counter.
+What CTAs tell one another: counters, which only grow (attention, hidden, token; exchange, one a cluster), and vectors whose
+rows travel as pairs of value and epoch (qkv, x, and for sequential residual middle), which need no counter. What the roles of
+a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity.
 """
 
 from __future__ import annotations
@@ -13,22 +16,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from clusterfusion.plan.block import ELEMENT_BYTES, VECTOR, BlockPlan
+from clusterfusion.plan.block import ELEMENT_BYTES, VECTOR, BlockPlan, Role
 
-X_BUFFERS = 2  # of the residual stream, in turn; every other vector has one
+X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
+
+PAIRS = ("qkv", "x", "middle")
 
 
 class Action(NamedTuple):
-    """One thing a CTA does in a step.
+    """One thing that a role of a CTA does in a step.
 
     read: take `rows` of the matrix `name` of `layer`; name "kv": the tiles `rows` of its head's cached tokens.
-    publish: write the CTA's `rows` of version `layer` of the vector `name`, each with its epoch. x of layer l is what
-        layer l starts from, x of layer num_layers what the final norm takes.
+    publish: write the CTA's `rows` of the vector `name` of `layer`, each with its epoch. x of layer l is what layer l
+        starts from, x of layer num_layers what the final norm takes.
     arrive: add one to the counter `name`.
-    wait: until the counter `name` is `target` or more; for vectors, until `target` rows have version `layer`.
+    wait: until the counter `name` is `target` or more; for vectors of pairs, until all `rows` are those of `layer`.
+    load: from memory into registers: the vector `name`; x of layer 0 is the embedding of the token.
+    place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by.
+    signal: that the CTA's other role may go on, and await: until it has said so for this layer.
     """
 
-    kind: Literal["read", "publish", "arrive", "wait"]
+    kind: Literal["read", "publish", "arrive", "wait", "load", "place", "signal", "await"]
     name: str
     layer: int  # num_layers after the last one
     rows: range = range(0)
@@ -36,7 +44,7 @@ class Action(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What one stage of the ring holds: rows from `first` on, part `part` of a row longer than a stage, or cached tokens."""
+    """What one stage holds: rows from `first` on, part `part` of a row longer than a stage, or cached tokens."""
 
     name: str
     layer: int
@@ -45,57 +53,91 @@ class Tile(NamedTuple):
     bytes: int
 
 
-def step_schedule(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Action]:
-    """What a CTA does in one step with `position` cached tokens, in order. Its producer's order is that of the reads."""
+def step_schedule(plan: BlockPlan, cta: int, role: Role, position: int = 0) -> Iterator[Action]:
+    """What a role of a CTA does in one step with `position` cached tokens, in order."""
     c = plan.config
+    of_layer = _vectors if role == "vectors" else _tiles
     for layer in range(c.num_layers):
-        if layer:  # x of layer 0 is the embedding of the token
-            yield Action("wait", "x", layer, target=c.hidden_size)
-        yield from _layer_schedule(plan, cta, layer, position)
-        yield Action("publish", "x", layer + 1, plan.rows(c.hidden_size, cta))
-    yield Action("wait", "x", c.num_layers, target=c.hidden_size)
-    yield Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta))
-    yield Action("arrive", "token", c.num_layers)  # the last one to arrive chooses the token
+        yield from of_layer(plan, cta, layer, position)
+    last = c.num_layers
+    if role == "vectors":
+        yield Action("wait", "x", last, range(c.hidden_size))
+        yield Action("load", "x", last)
+        yield Action("place", "normed", last)
+        yield Action("signal", "normed", last)
+    else:
+        yield Action("await", "normed", last)
+        yield Action("read", "lm_head", last, plan.rows(c.vocab_size, cta))
+        yield Action("arrive", "token", last)  # the last one to arrive chooses the token
 
 
-def _layer_schedule(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
+def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
+    """A layer of the vector warps: VectorWarps::run of the program."""
     c = plan.config
-    up, out = plan.rows(c.intermediate_size, cta), plan.rows(c.hidden_size, cta)
-    early = up[: _rows_before_attention(plan, len(up))]
+    out = plan.rows(c.hidden_size, cta)
 
     def wait(name: str, arrivals: int) -> Action:
         return Action("wait", name, layer, target=(layer + 1) * arrivals)
 
-    yield Action("read", "qkv", layer, plan.rows(3 * c.hidden_size, cta))
-    yield Action("arrive", "qkv", layer)
-    if c.parallel_residual:
-        yield Action("read", "up", layer, early)
+    if layer:
+        yield Action("wait", "x", layer, range(c.hidden_size))
+    yield Action("load", "x", layer)
+    yield Action("place", "normed", layer)  # and the layer's biases
+    yield Action("signal", "normed", layer)
     if attends(plan, cta):
-        yield wait("qkv", plan.ctas)
+        yield Action("wait", "qkv", layer, head_rows(plan, cta))
+        yield Action("load", "qkv", layer, head_rows(plan, cta))
         yield Action("read", "kv", layer, cached_tiles(plan, cta, position))
         if plan.merged_ctas > 1:
             yield Action("arrive", "exchange", layer)
             yield wait("exchange", plan.merged_ctas)
         if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
             yield Action("arrive", "attention", layer)
-    if c.parallel_residual:
-        yield Action("read", "up", layer, up[len(early) :])
-        yield Action("arrive", "hidden", layer)
     yield wait("attention", c.num_heads * plan.partials_per_head)
+    yield Action("load", "partials", layer)
+    yield Action("await", "projected", layer)
+    yield Action("place", "attended", layer)
+    yield Action("signal", "attended", layer)
+    if not c.parallel_residual:
+        yield Action("await", "output_sums", layer)
+        yield Action("publish", "middle", layer, out)
+        yield Action("wait", "middle", layer, range(c.hidden_size))
+        yield Action("load", "middle", layer)
+        yield Action("place", "middle_normed", layer)
+        yield Action("signal", "middle_normed", layer)
+    yield wait("hidden", plan.ctas)
+    yield Action("load", "h", layer)
+    yield Action("await", "expanded", layer)
+    yield Action("place", "hidden", layer)
+    yield Action("signal", "hidden", layer)
+    yield Action("await", "down_sums", layer)
+    yield Action("publish", "x", layer + 1, out)
+
+
+def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
+    """A layer of the tile warps: TileWarps::run of the program."""
+    c = plan.config
+    qkv, up, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.intermediate_size, c.hidden_size))
+    expand = (
+        Action("read", "up", layer, up),
+        Action("signal", "expanded", layer),
+        Action("arrive", "hidden", layer),
+    )
+    yield Action("await", "normed", layer)
+    yield Action("read", "qkv", layer, qkv)
+    yield Action("publish", "qkv", layer, qkv)
+    yield Action("signal", "projected", layer)
+    if c.parallel_residual:
+        yield from expand
+    yield Action("await", "attended", layer)
     yield Action("read", "o", layer, out)
     if not c.parallel_residual:
-        yield Action("publish", "middle", layer, out)
-        yield Action("wait", "middle", layer, target=c.hidden_size)
-        yield Action("read", "up", layer, up)
-        yield Action("arrive", "hidden", layer)
-    yield wait("hidden", plan.ctas)
+        yield Action("signal", "output_sums", layer)
+        yield Action("await", "middle_normed", layer)
+        yield from expand
+    yield Action("await", "hidden", layer)
     yield Action("read", "down", layer, out)
-
-
-def _rows_before_attention(plan: BlockPlan, rows: int) -> int:
-    """Half of a CTA's rows of the up projection, in whole tiles: the other half covers the dependency on q, k and v."""
-    tile = rows_a_tile(plan, "up")
-    return rows // 2 // tile * tile
+    yield Action("signal", "down_sums", layer)
 
 
 def attends(plan: BlockPlan, cta: int) -> bool:
@@ -103,10 +145,23 @@ def attends(plan: BlockPlan, cta: int) -> bool:
     return cta < plan.config.num_heads * plan.splits
 
 
+def head_rows(plan: BlockPlan, cta: int) -> range:
+    """The rows of q, k and v of the head that a CTA attends."""
+    size = 3 * plan.config.head_dim
+    return range(cta // plan.splits * size, (cta // plan.splits + 1) * size)
+
+
 def cached_tiles(plan: BlockPlan, cta: int, position: int) -> range:
     """The tiles of `plan.tile_tokens` cached tokens that a CTA takes of its head's, which has `position` tokens."""
     tiles = -(-position // plan.tile_tokens) if attends(plan, cta) else 0
     return range(cta % plan.splits, max(tiles, cta % plan.splits), plan.splits)
+
+
+def version(plan: BlockPlan, name: str, layer: int) -> tuple[str, int]:
+    """The memory that a vector of a layer is in, and as which of its versions: x and middle are versions of one stream."""
+    if name not in ("x", "middle"):
+        return name, layer
+    return "x", layer if plan.config.parallel_residual else 2 * layer + (name == "middle")
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------
@@ -131,11 +186,7 @@ def row_parts(plan: BlockPlan, name: str) -> tuple[int, ...]:
 
 
 def tiles(plan: BlockPlan, read: Action) -> Iterator[Tile]:
-    """The stages of the ring that a read takes, in order."""
-    if read.name == "kv":
-        for tile in read.rows:  # whole tiles: tokens beyond the position are copied and never looked at
-            yield Tile("kv", read.layer, tile, 0, 2 * plan.tile_tokens * plan.config.head_dim * ELEMENT_BYTES)
-        return
+    """The stages of the ring that a read of weights takes, in order."""
     parts = row_parts(plan, read.name)
     step = rows_a_tile(plan, read.name)
     for first in range(read.rows.start, read.rows.stop, step):
@@ -144,11 +195,17 @@ def tiles(plan: BlockPlan, read: Action) -> Iterator[Tile]:
             yield Tile(read.name, read.layer, first, part, rows * elements * ELEMENT_BYTES)
 
 
-def producer_order(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Tile]:
-    """The tiles that a CTA's producer copies in one step, in order, never more than `plan.stages` ahead of their use."""
-    for action in step_schedule(plan, cta, position):
-        if action.kind == "read":
-            yield from tiles(plan, action)
+def producer_order(plan: BlockPlan, cta: int) -> Iterator[Tile]:
+    """The tiles that a CTA's producer copies in one step, in order, never more than `plan.stages` ahead of their use.
+    WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
+    c = plan.config
+    up = ("up", c.intermediate_size)
+    matrices = [("qkv", 3 * c.hidden_size), ("o", c.hidden_size), ("down", c.hidden_size)]
+    matrices.insert(1 if c.parallel_residual else 2, up)
+    for layer in range(c.num_layers):
+        for name, rows in matrices:
+            yield from tiles(plan, Action("read", name, layer, plan.rows(rows, cta)))
+    yield from tiles(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
 
 
 # -- balance -----------------------------------------------------------------------------------------------------------

@@ -1,48 +1,74 @@
 """Proof that a step's schedule is sound: every byte read once, every wait means what it says, nothing is overwritten too
-early, no deadlock.
+early, in memory or in a CTA's own, no deadlock.
 
 Waits are on counts, and a count alone does not say who has arrived; so the proof is about the happens-before relation
-(Lamport 1978) and holds for every order in which the CTAs may run. Assume that each wait of layer l comes after all
-arrivals of layer l: run the schedules once under this assumption and keep a vector clock (Fidge 1988, Mattern 1989) of
-every action. Then check that each arrival of layer l + 1 comes after all arrivals of layer l. It follows that the
+(Lamport 1978) and holds for every order in which the CTAs and their roles may run. Assume that each wait of layer l comes
+after all arrivals of layer l, and each await of layer l after the signal of layer l: run the schedules once under this
+assumption and keep a vector clock (Fidge 1988, Mattern 1989) of every action, with one component for each role of each CTA.
+Then check that each arrival of layer l + 1 comes after all arrivals of layer l, and that each await of layer l begins after
+the signal of layer l - 1 and is over before the signal of layer l + 1, which has its parity's other value. It follows that the
 assumption is true: in the earliest wait that broke it, an arrival of a later layer would have taken the place of one that
 has not happened, though the latter comes first by waits that were all kept.
 
-One run proves progress in every order too: counters only grow and rows are overwritten only after their readers, so what a
-CTA waits for, once there, stays there.
+One run proves progress in every order too: counters only grow, rows are overwritten only after their readers, and signals
+are not given again before they are awaited, so what is waited for, once there, stays there.
+
+What is taken for granted: the threads of a role are one (all of them signal and await), and who has read a pair comes after all
+that its writer did before: of what the writer has read, because what it publishes is computed from that.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from clusterfusion.plan import step
-from clusterfusion.plan.block import BlockPlan
+from clusterfusion.plan.block import ROLES, BlockPlan, Role
 from clusterfusion.plan.step import Action
 
-Key = tuple[str, int, int]  # a counter or vector, its layer, and the cluster where each has its own (else 0)
+Key = tuple[
+    str, int, int
+]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
 # Layer l and l + 1 differ in nothing but the number, which is checked; the buffers of x come round after X_BUFFERS.
 LAYERS_RUN = step.X_BUFFERS + 1
 
 
 class Event(NamedTuple):
-    """An action that has been run: the CTA's `at`-th. `clock[d]` of CTA d's actions come before it for certain."""
+    """An action that has been run: the `at`-th of an actor, a role of a CTA. `clock[d]` of actor d's actions come before it
+    for certain."""
 
-    cta: int
+    actor: int
     at: int
     clock: list[int]
+
+
+class Access(NamedTuple):
+    """Of a place in a CTA's shared memory: what is written there, or what has to be there."""
+
+    event: Event
+    content: tuple[str, int]
+    writes: bool
+
+
+class Rounds(NamedTuple):
+    """Of one signal of one CTA. An await counts twice: when it begins and when it is over."""
+
+    signals: list[tuple[int, Event]]
+    awaits: list[tuple[int, Event, Event]]
 
 
 @dataclasses.dataclass
 class Run:
     """What one run of all schedules against one another has recorded."""
 
-    arrivals: dict[Key, list[Event]]  # and publications of at least one row
+    arrivals: dict[Key, list[Event]]
     writes: dict[Key, list[Event]]  # of versions of vectors in memory
     uses: dict[Key, list[Event]]
+    shared: dict[tuple[int, str], list[Access]]  # by CTA and place
+    rounds: dict[tuple[int, str], Rounds]  # by CTA and signal
 
 
 def check_step(plan: BlockPlan) -> None:
@@ -51,16 +77,24 @@ def check_step(plan: BlockPlan) -> None:
     for position in {0, 1, 2 * plan.tile_tokens + 1, c.max_position // 2 + 1, c.max_position - 1}:
         _check_cached_tokens(plan, position)
     last = c.max_position - 1
-    schedules = [list(step.step_schedule(plan, cta, last)) for cta in range(plan.ctas)]
+    schedules = [[list(step.step_schedule(plan, cta, role, last)) for role in ROLES] for cta in range(plan.ctas)]
     _check_rows(plan, schedules, last)
     _check_layers_alike(plan, schedules)
     few = dataclasses.replace(plan, config=dataclasses.replace(c, num_layers=min(c.num_layers, LAYERS_RUN)))
-    for cta, actions in enumerate(schedules):
-        first = [action for action in step.step_schedule(few, cta, last) if action.layer < few.config.num_layers]
-        _check(actions[: len(first)] == first, "fewer layers are the first ones", cta)
-    run = run_step(few, last)
-    _check_waits(run)
+    for cta, roles in enumerate(schedules):
+        for role, actions in zip(ROLES, roles, strict=True):
+            first = [a for a in step.step_schedule(few, cta, role, last) if a.layer < few.config.num_layers]
+            _check(actions[: len(first)] == first, "fewer layers are the first ones", (cta, role))
+    prove(few, last)
+
+
+def prove(plan: BlockPlan, position: int) -> None:
+    """What one run of the schedules proves, with all of the plan's layers."""
+    run = run_step(plan, position)
     _check_vectors(run)
+    _check_shared(run)
+    _check_waits(run)
+    _check_signals(run)
 
 
 # -- coverage ----------------------------------------------------------------------------------------------------------
@@ -78,26 +112,28 @@ def _check_cached_tokens(plan: BlockPlan, position: int) -> None:
         _check(step.attends(plan, cta) or not tiles, "CTAs without a head read no cached tokens", tiles)
 
 
-def _check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Action]], position: int) -> None:
-    """Every row of every matrix of every layer is read once, and every row of every version of x published once."""
+def _check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]], position: int) -> None:
+    """Every row of every matrix of every layer is read once, and every row of every version of a vector published once."""
     c = plan.config
     layers = range(c.num_layers)
     sizes = {("read", name, layer): c.hidden_size for name in ("o", "down") for layer in layers}
-    sizes |= {("read", "qkv", layer): 3 * c.hidden_size for layer in layers}
+    sizes |= {(kind, "qkv", layer): 3 * c.hidden_size for kind in ("read", "publish") for layer in layers}
     sizes |= {("read", "up", layer): c.intermediate_size for layer in layers}
     sizes |= {("read", "lm_head", c.num_layers): c.vocab_size}
     sizes |= {("publish", "x", layer + 1): c.hidden_size for layer in layers}
     if not c.parallel_residual:
         sizes |= {("publish", "middle", layer): c.hidden_size for layer in layers}
     dealt: dict[tuple[str, str, int], list[range]] = collections.defaultdict(list)
-    for cta, actions in enumerate(schedules):
-        for action in actions:
+    for cta, (vectors, tiles) in enumerate(schedules):
+        for action in [*vectors, *tiles]:
             if action.kind in ("read", "publish") and action.name != "kv" and action.rows:
                 dealt[action.kind, action.name, action.layer].append(action.rows)
-        tiles = [(action.layer, action.rows) for action in actions if action.name == "kv"]
+        taken = [(action.layer, action.rows) for action in vectors if action.name == "kv"]
         wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if step.attends(plan, cta)]
-        _check(tiles == wanted, f"CTA {cta} reads its cached tokens once a layer", tiles)
-        _check([a.name for a in actions].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
+        _check(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
+        _check([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
+        weights = [a.name for a in vectors if a.kind == "read" and a.name != "kv"]
+        _check(not weights, "only tile warps take from the ring", weights)
     _check(dealt.keys() == sizes.keys(), "matrices and vectors", dealt.keys() ^ sizes.keys())
     for (kind, name, layer), ranges in dealt.items():
         end = 0
@@ -109,45 +145,56 @@ def _check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Action]], position
         _check(min(step.row_parts(plan, name)) > 0, f"no part of a row of {name} is empty", step.row_parts(plan, name))
 
 
-def _check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Action]]) -> None:
+def _check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
     """A layer's actions are those of the first one, and its targets all arrivals up to it."""
+    c = plan.config
     arrivals = collections.Counter(
-        (a.name, a.layer, _scope(plan, cta, a)) for cta, actions in enumerate(schedules) for a in _of(actions, "arrive")
+        (a.name, a.layer, _scope(plan, cta, a.name))
+        for cta, roles in enumerate(schedules)
+        for actions in roles
+        for a in actions
+        if a.kind == "arrive"
     )
     total: collections.Counter[Key] = collections.Counter()
     for name, layer, scope in sorted(arrivals):
         total[name, layer, scope] = arrivals[name, layer, scope] + total[name, layer - 1, scope]
-    for cta, actions in enumerate(schedules):
-        by_layer: dict[int, list[tuple[str, str, range]]] = collections.defaultdict(list)
-        for action in actions:
-            belongs = action.layer - (action.kind == "publish" and action.name == "x")
-            by_layer[belongs].append((action.kind, action.name, action.rows))
-            if action.kind == "wait" and action.name in ("x", "middle"):
-                _check(action.target == plan.config.hidden_size, "a vector is complete with all its rows", action)
-            elif action.kind == "wait":
-                wanted = total[action.name, action.layer, _scope(plan, cta, action)]
-                _check(action.target == wanted, f"{wanted} arrivals are waited for", action)
-        for layer in range(1, plan.config.num_layers):
-            wanted_actions = [("wait", "x", range(0)), *by_layer[0]]
-            _check(by_layer[layer] == wanted_actions, f"layer {layer} is as layer 0", (cta, by_layer[layer]))
+    pairs = {"x": range(c.hidden_size), "middle": range(c.hidden_size)}
+    for cta, roles in enumerate(schedules):
+        for role, actions in zip(ROLES, roles, strict=True):
+            by_layer: dict[int, list[tuple[str, str, range]]] = collections.defaultdict(list)
+            for action in actions:
+                belongs = action.layer - (action.kind == "publish" and action.name == "x")
+                by_layer[belongs].append((action.kind, action.name, action.rows))
+                if action.kind == "wait" and action.name in step.PAIRS:
+                    rows = pairs.get(action.name) or step.head_rows(plan, cta)
+                    _check(action.rows == rows, "all rows that are used are waited for", action)
+                elif action.kind == "wait":
+                    wanted = total[action.name, action.layer, _scope(plan, cta, action.name)]
+                    _check(action.target == wanted, f"{wanted} arrivals are waited for", action)
+            first = [("wait", "x", range(c.hidden_size))] if role == "vectors" else []
+            for layer in range(1, c.num_layers):
+                _check(
+                    by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])
+                )
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-class _Cta:
-    """A CTA under way: its next action, its clock, and the ring between its producer and its consumers."""
+class _Actor:
+    """A role of a CTA under way: its next action, its clock, and for tile warps the ring between them and the producer."""
 
-    def __init__(self, plan: BlockPlan, cta: int, position: int) -> None:
+    def __init__(self, plan: BlockPlan, cta: int, role: Role, position: int) -> None:
         self.plan, self.cta = plan, cta
-        self.actions = list(step.step_schedule(plan, cta, position))
+        self.number = len(ROLES) * cta + ROLES.index(role)
+        self.actions = list(step.step_schedule(plan, cta, role, position))
         self.done = 0
-        self.clock = [0] * plan.ctas
-        self.producer = step.producer_order(plan, cta, position)
+        self.clock = [0] * (len(ROLES) * plan.ctas)
+        self.producer = step.producer_order(plan, cta) if role == "tiles" else iter(())
         self.ring: collections.deque[step.Tile] = collections.deque()
 
     def take(self, read: Action) -> None:
-        """The consumers' side of a read, while the producer keeps the ring as full as it can."""
+        """The tile warps' side of a read, while the producer keeps the ring as full as it can."""
         ring, producer, stages, stage_bytes = self.ring, self.producer, self.plan.stages, self.plan.stage_bytes
         for tile in step.tiles(self.plan, read):
             while len(ring) < stages and (brought := next(producer, None)):
@@ -158,91 +205,174 @@ class _Cta:
                 _check(False, f"CTA {self.cta}: the producer brings what is taken next, {tile}", found)
 
 
+class _Told:
+    """What has been told so far: by arrivals at a counter, by a signal, by rows of pairs."""
+
+    def __init__(self, plan: BlockPlan, actors: Sequence[_Actor]) -> None:
+        self.plan = plan
+        self.missing: collections.Counter[Key] = collections.Counter()
+        for actor in actors:
+            self.missing.update(_key(plan, actor.cta, a) for a in actor.actions if a.kind in ("arrive", "signal"))
+        self.events: dict[Key, list[tuple[range, Event]]] = collections.defaultdict(list)
+        self.rows: collections.Counter[Key] = collections.Counter()
+        self._joined: dict[tuple[Key, range], list[int]] = {}
+
+    def tell(self, key: Key, action: Action, event: Event) -> None:
+        self.events[key].append((action.rows, event))
+        self.missing[key] -= action.kind != "publish"
+        self.rows[key] += len(action.rows)
+
+    def clock(self, key: Key, action: Action) -> list[int] | None:
+        """The clock of whoever has seen all that this wait or await is for; None as long as it is not there."""
+        wanted = action.rows
+        known = self._joined.get((key, wanted))
+        if known is not None:
+            return known
+        if action.kind == "wait" and action.name in step.PAIRS:
+            if self.rows[key] < len(wanted):
+                return None
+            seen = [(rows, event) for rows, event in self.events[key] if _overlap(rows, wanted)]
+            if sum(_overlap(rows, wanted) for rows, _ in seen) < len(wanted):
+                return None
+        elif self.missing[key] or not self.events[key]:
+            return None
+        else:
+            seen = self.events[key]
+        return self._joined.setdefault((key, wanted), _join([event for _, event in seen]))
+
+
+def _overlap(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+
+
 def run_step(plan: BlockPlan, position: int) -> Run:
-    """All CTAs' schedules run against one another, each as far as its waits and its ring let it."""
-    ctas = [_Cta(plan, cta, position) for cta in range(plan.ctas)]
-    missing = collections.Counter(
-        (a.name, a.layer, _scope(plan, cta.cta, a)) for cta in ctas for a in cta.actions if _signals(a)
+    """All roles' schedules run against one another, each as far as its waits and its ring let it."""
+    actors = [_Actor(plan, cta, role, position) for cta in range(plan.ctas) for role in ROLES]
+    told = _Told(plan, actors)
+    run = Run(
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        collections.defaultdict(lambda: Rounds([], [])),
     )
-    run = Run(collections.defaultdict(list), collections.defaultdict(list), collections.defaultdict(list))
-    joined: dict[Key, list[int]] = {}
     moved = True
     while moved:
         moved = False
-        for cta in ctas:
-            while cta.done < len(cta.actions):
-                action = cta.actions[cta.done]
-                key = (action.name, action.layer, _scope(plan, cta.cta, action))
-                if action.kind == "wait":
-                    if missing[key]:
+        for actor in actors:
+            while actor.done < len(actor.actions):
+                action = actor.actions[actor.done]
+                key = _key(plan, actor.cta, action)
+                before = Event(actor.number, actor.done, actor.clock)
+                if action.kind in ("wait", "await"):
+                    seen = told.clock(key, action)
+                    if seen is None:
                         break
-                    if key not in joined:
-                        joined[key] = _join(run.arrivals[key], plan.ctas)
-                    cta.clock = _later(cta.clock, joined[key])
-                elif action.kind == "read":
-                    cta.take(action)
-                event = Event(cta.cta, cta.done, cta.clock)
-                if _signals(action):
-                    run.arrivals[key].append(event)
-                    missing[key] -= 1
-                for vector, version in _written(action):
-                    run.writes[vector, version, _scope(plan, cta.cta, action)].append(event)
-                for vector, version in _used(plan, action):
-                    run.uses[vector, version, _scope(plan, cta.cta, action, vector)].append(event)
-                cta.done += 1
+                    actor.clock = _later(actor.clock, seen)
+                elif action.kind == "read" and action.name != "kv":
+                    actor.take(action)
+                event = Event(actor.number, actor.done, actor.clock)
+                if action.kind in ("arrive", "signal", "publish"):
+                    told.tell(key, action, event)
+                _record(plan, run, actor.cta, action, before, event)
+                actor.done += 1
                 moved = True
-    stuck = {cta.cta: cta.actions[cta.done] for cta in ctas if cta.done < len(cta.actions)}
+    stuck = {(a.cta, ROLES[a.number % 2]): a.actions[a.done] for a in actors if a.done < len(a.actions)}
     _check(not stuck, "no deadlock", dict(list(stuck.items())[:3]))
-    for cta in ctas:
-        left = [*cta.ring, *cta.producer]
-        _check(not left, f"CTA {cta.cta}: everything produced is taken", left[:3])
+    for actor in actors:
+        left = [*actor.ring, *actor.producer]
+        _check(not left, f"CTA {actor.cta}: everything produced is taken", left[:3])
     return run
 
 
-def _signals(action: Action) -> bool:
-    """A CTA that owns no row of a vector publishes nothing, so nobody waits for it."""
-    return action.kind == "arrive" or (action.kind == "publish" and bool(action.rows))
+def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, event: Event) -> None:
+    if action.kind == "arrive":
+        run.arrivals[_key(plan, cta, action)].append(event)
+    if action.kind == "signal":
+        run.rounds[cta, action.name].signals.append((action.layer, event))
+    if action.kind == "await":
+        run.rounds[cta, action.name].awaits.append((action.layer, before, event))
+    for events, named in ((run.writes, _written(action)), (run.uses, _used(plan, action))):
+        for name, layer in named:
+            for part in _parts(plan, cta, name, action.rows):
+                vector, version = step.version(plan, name, layer)
+                events[vector, version, part].append(event)
+    for writes, place, content in _shared(plan, action):
+        run.shared[cta, place].append(Access(event, content, writes))
 
 
 def _written(action: Action) -> Iterator[tuple[str, int]]:
-    """The vector in memory, and its version, that an action writes."""
+    """The vector in memory, and its layer, that an action writes."""
     if action.kind == "publish" and action.rows:
         yield action.name, action.layer
-    elif action.kind == "read" and action.rows and action.name in ("qkv", "up"):
-        yield {"qkv": "qkv", "up": "h"}[action.name], action.layer
+    elif action.kind == "read" and action.rows and action.name == "up":
+        yield "h", action.layer
     elif action.kind == "arrive" and action.name in ("attention", "exchange"):
         yield {"attention": "partials", "exchange": "exchange"}[action.name], action.layer
 
 
 def _used(plan: BlockPlan, action: Action) -> Iterator[tuple[str, int]]:
-    """The vector in memory, and its version, without which an action cannot be done. A CTA's own rows of x and middle,
+    """The vector in memory, and its layer, without which an action cannot be done. A CTA's own rows of x and middle,
     for the residual, are not here: nobody else writes them."""
     if action.kind == "arrive" and action.name == "attention" and plan.merged_ctas > 1:
         yield "exchange", action.layer
-    if action.kind != "read" or not (action.rows or action.name == "kv"):  # q and the new k, v: even without a cache
-        return
-    if action.name == "up":
-        yield "x" if plan.config.parallel_residual else "middle", action.layer
-    else:
-        vectors = {"qkv": "x", "kv": "qkv", "o": "partials", "down": "h", "lm_head": "x"}
-        yield vectors[action.name], action.layer
+    if action.kind == "load" and (action.name, action.layer) != ("x", 0):  # which is the embedding
+        yield action.name, action.layer
 
 
-def _scope(plan: BlockPlan, cta: int, action: Action, vector: str = "") -> int:
-    return cta // plan.cluster_size if "exchange" in (action.name, vector) else 0
+def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[str, int]]]:
+    """What an action writes (True) to places in the CTA's shared memory, or needs there. Places of one role alone, where
+    barriers of its own keep the order, are not here."""
+    kind, name, layer = action.kind, action.name, action.layer
+    parallel, last = plan.config.parallel_residual, layer == plan.config.num_layers
+    if kind == "place":
+        yield True, "x1" if name in ("normed", "attended") else "x2", (name, layer)
+        if name == "normed" and not last:
+            yield True, "biases", ("biases", layer)
+            if parallel:
+                yield True, "x2", (name, layer)
+    elif kind == "read" and name in ("qkv", "lm_head", "o"):
+        yield False, "x1", ("attended" if name == "o" else "normed", layer)
+    elif kind == "read" and name in ("up", "down"):
+        yield False, "x2", ("hidden" if name == "down" else "normed" if parallel else "middle_normed", layer)
+    if kind == "read" and name in ("qkv", "up"):
+        yield False, "biases", ("biases", layer)
+    if kind == "read" and name in ("o", "down"):
+        yield True, f"{name}_sums", (name, layer)
+    if kind == "publish" and name in ("x", "middle"):
+        of_layer = layer - (name == "x")
+        yield False, "biases", ("biases", of_layer)
+        if name == "x":
+            yield False, "down_sums", ("down", of_layer)
+        if parallel or name == "middle":
+            yield False, "o_sums", ("o", of_layer)
 
 
-def _of(actions: Iterable[Action], kind: str) -> Iterator[Action]:
-    return (action for action in actions if action.kind == kind)
+def _key(plan: BlockPlan, cta: int, action: Action) -> Key:
+    if action.kind in ("signal", "await"):
+        return f"signal {action.name}", action.layer, cta
+    return action.name, action.layer, _scope(plan, cta, action.name)
 
 
-def _join(events: Sequence[Event], ctas: int) -> list[int]:
+def _scope(plan: BlockPlan, cta: int, name: str) -> int:
+    return cta // plan.cluster_size if name == "exchange" else 0
+
+
+def _parts(plan: BlockPlan, cta: int, name: str, rows: range) -> Iterable[int]:
+    """The parts of a vector that are complete by themselves: q, k and v of each head; of others the cluster's or all."""
+    if name != "qkv":
+        return (_scope(plan, cta, name),)
+    size = 3 * plan.config.head_dim
+    return range(rows.start // size, -(-rows.stop // size))
+
+
+def _join(events: Sequence[Event]) -> list[int]:
     """The clock of whoever has seen all these events."""
-    clock = [0] * ctas
-    for seen in {id(event.clock): event.clock for event in events}.values():  # most are one and the same list
+    clock = events[0].clock.copy()
+    for seen in {id(event.clock): event.clock for event in events}.values():  # many are one and the same list
         clock = list(map(max, clock, seen))
     for event in events:
-        clock[event.cta] = max(clock[event.cta], event.at + 1)
+        clock[event.actor] = max(clock[event.actor], event.at + 1)
     return clock
 
 
@@ -259,10 +389,10 @@ def unordered(earlier: Sequence[Event], later: Sequence[Event]) -> tuple[Event, 
     """A pair of these events of which the first need not come before the second, or None. An event is before itself."""
     for clock, group in _by_clock(later):
         for first in earlier:
-            if clock[first.cta] > first.at:
+            if clock[first.actor] > first.at:
                 continue
             for second in group:
-                if second.cta != first.cta or second.at < first.at:
+                if second.actor != first.actor or second.at < first.at:
                     return first, second
     return None
 
@@ -280,6 +410,41 @@ def _check_waits(run: Run) -> None:
     for (name, layer, scope), events in run.arrivals.items():
         fault = unordered(run.arrivals.get((name, layer - 1, scope), []), events)
         _check(fault is None, f"arrivals at {name} of layer {layer} come after all of layer {layer - 1}", fault)
+
+
+def _check_signals(run: Run) -> None:
+    """Parity tells a signal's rounds apart: who awaits one can meet neither the one before nor the one after."""
+    for (cta, name), (signals, awaits) in run.rounds.items():
+        given, wanted = [layer for layer, _ in signals], [layer for layer, _, _ in awaits]
+        where = f"{name} of CTA {cta}"
+        _check(given == list(range(len(given))), f"{where} is signalled once a layer", given)
+        _check(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
+        _check(not {e.actor for _, e in signals} & {e.actor for _, e, _ in awaits}, f"{where} is the other role's", cta)
+        for layer, begin, over in awaits:
+            if layer > 0:
+                fault = unordered([signals[layer - 1][1]], [begin])
+                _check(fault is None, f"{where}: round {layer - 1} is over when {layer} is awaited", fault)
+            if layer + 1 < len(signals):
+                fault = unordered([over], [signals[layer + 1][1]])
+                _check(fault is None, f"{where}: round {layer} is awaited before {layer + 1} is signalled", fault)
+
+
+def _check_shared(run: Run) -> None:
+    """Places in shared memory hold what is looked for there, and nobody writes while another may read."""
+    for (cta, place), accesses in run.shared.items():
+        writes = [access for access in accesses if access.writes]
+        where = f"{place} of CTA {cta}"
+        for first, second in itertools.pairwise(writes):  # in the order of the run: enough of them are
+            fault = unordered([first.event], [second.event])
+            _check(fault is None, f"writes to {where} have an order", (first.content, second.content))
+        for access in accesses:
+            if access.writes:
+                continue
+            found = [w for w in writes if unordered([w.event], [access.event]) is None]
+            _check(bool(found) and found[-1].content == access.content, f"{where} holds {access.content}", found[-1:])
+            for write in writes[len(found) :]:
+                fault = unordered([access.event], [write.event])
+                _check(fault is None, f"{where} is not written over while {access.content} is read", write.content)
 
 
 def _check_vectors(run: Run) -> None:
