@@ -28,10 +28,15 @@ from typing import NamedTuple
 from clusterfusion.plan import step
 from clusterfusion.plan.block import ROLES, BlockPlan, Role
 from clusterfusion.plan.step import Action
+from clusterfusion.plan.step_coverage import (
+    Key,
+    check_cached_tokens,
+    check_layers_alike,
+    check_rows,
+    require,
+    scope_of,
+)
 
-Key = tuple[
-    str, int, int
-]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
 # Layer l and l + 1 differ in nothing but the number, which is checked; the buffers of x come round after X_BUFFERS.
 LAYERS_RUN = step.X_BUFFERS + 1
 
@@ -75,16 +80,16 @@ def check_step(plan: BlockPlan) -> None:
     """Raise AssertionError with the values unless the step's schedule is sound for this plan, at any position."""
     c = plan.config
     for position in {0, 1, 2 * plan.tile_tokens + 1, c.max_position // 2 + 1, c.max_position - 1}:
-        _check_cached_tokens(plan, position)
+        check_cached_tokens(plan, position)
     last = c.max_position - 1
     schedules = [[list(step.step_schedule(plan, cta, role, last)) for role in ROLES] for cta in range(plan.ctas)]
-    _check_rows(plan, schedules, last)
-    _check_layers_alike(plan, schedules)
+    check_rows(plan, schedules, last)
+    check_layers_alike(plan, schedules)
     few = dataclasses.replace(plan, config=dataclasses.replace(c, num_layers=min(c.num_layers, LAYERS_RUN)))
     for cta, roles in enumerate(schedules):
         for role, actions in zip(ROLES, roles, strict=True):
             first = [a for a in step.step_schedule(few, cta, role, last) if a.layer < few.config.num_layers]
-            _check(actions[: len(first)] == first, "fewer layers are the first ones", (cta, role))
+            require(actions[: len(first)] == first, "fewer layers are the first ones", (cta, role))
     prove(few, last)
 
 
@@ -95,87 +100,6 @@ def prove(plan: BlockPlan, position: int) -> None:
     _check_shared(run)
     _check_waits(run)
     _check_signals(run)
-
-
-# -- coverage ----------------------------------------------------------------------------------------------------------
-
-
-def _check_cached_tokens(plan: BlockPlan, position: int) -> None:
-    """Each head's cached tokens are taken once, by its own CTAs."""
-    wanted = list(range(-(-position // plan.tile_tokens)))
-    for head in range(plan.config.num_heads):
-        ctas = range(head * plan.splits, (head + 1) * plan.splits)
-        taken = sorted(tile for cta in ctas for tile in step.cached_tiles(plan, cta, position))
-        _check(taken == wanted, f"every tile of head {head} is read once at position {position}", taken)
-    for cta in range(plan.ctas):
-        tiles = step.cached_tiles(plan, cta, position)
-        _check(step.attends(plan, cta) or not tiles, "CTAs without a head read no cached tokens", tiles)
-
-
-def _check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]], position: int) -> None:
-    """Every row of every matrix of every layer is read once, and every row of every version of a vector published once."""
-    c = plan.config
-    layers = range(c.num_layers)
-    sizes = {("read", name, layer): c.hidden_size for name in ("o", "down") for layer in layers}
-    sizes |= {(kind, "qkv", layer): 3 * c.hidden_size for kind in ("read", "publish") for layer in layers}
-    sizes |= {("read", "up", layer): c.intermediate_size for layer in layers}
-    sizes |= {("read", "lm_head", c.num_layers): c.vocab_size}
-    sizes |= {("publish", "x", layer + 1): c.hidden_size for layer in layers}
-    if not c.parallel_residual:
-        sizes |= {("publish", "middle", layer): c.hidden_size for layer in layers}
-    dealt: dict[tuple[str, str, int], list[range]] = collections.defaultdict(list)
-    for cta, (vectors, tiles) in enumerate(schedules):
-        for action in [*vectors, *tiles]:
-            if action.kind in ("read", "publish") and action.name != "kv" and action.rows:
-                dealt[action.kind, action.name, action.layer].append(action.rows)
-        taken = [(action.layer, action.rows) for action in vectors if action.name == "kv"]
-        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if step.attends(plan, cta)]
-        _check(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
-        _check([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
-        weights = [a.name for a in vectors if a.kind == "read" and a.name != "kv"]
-        _check(not weights, "only tile warps take from the ring", weights)
-    _check(dealt.keys() == sizes.keys(), "matrices and vectors", dealt.keys() ^ sizes.keys())
-    for (kind, name, layer), ranges in dealt.items():
-        end = 0
-        for rows in sorted(ranges, key=lambda r: r.start):
-            _check(rows.start == end, f"every row of {name} of layer {layer} is {kind} once", rows)
-            end = rows.stop
-        _check(end == sizes[kind, name, layer], f"all rows of {name} of layer {layer} are {kind}", end)
-    for name in ("qkv", "down"):
-        _check(min(step.row_parts(plan, name)) > 0, f"no part of a row of {name} is empty", step.row_parts(plan, name))
-
-
-def _check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
-    """A layer's actions are those of the first one, and its targets all arrivals up to it."""
-    c = plan.config
-    arrivals = collections.Counter(
-        (a.name, a.layer, _scope(plan, cta, a.name))
-        for cta, roles in enumerate(schedules)
-        for actions in roles
-        for a in actions
-        if a.kind == "arrive"
-    )
-    total: collections.Counter[Key] = collections.Counter()
-    for name, layer, scope in sorted(arrivals):
-        total[name, layer, scope] = arrivals[name, layer, scope] + total[name, layer - 1, scope]
-    pairs = {"x": range(c.hidden_size), "middle": range(c.hidden_size)}
-    for cta, roles in enumerate(schedules):
-        for role, actions in zip(ROLES, roles, strict=True):
-            by_layer: dict[int, list[tuple[str, str, range]]] = collections.defaultdict(list)
-            for action in actions:
-                belongs = action.layer - (action.kind == "publish" and action.name == "x")
-                by_layer[belongs].append((action.kind, action.name, action.rows))
-                if action.kind == "wait" and action.name in step.PAIRS:
-                    rows = pairs.get(action.name) or step.head_rows(plan, cta)
-                    _check(action.rows == rows, "all rows that are used are waited for", action)
-                elif action.kind == "wait":
-                    wanted = total[action.name, action.layer, _scope(plan, cta, action.name)]
-                    _check(action.target == wanted, f"{wanted} arrivals are waited for", action)
-            first = [("wait", "x", range(c.hidden_size))] if role == "vectors" else []
-            for layer in range(1, c.num_layers):
-                _check(
-                    by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])
-                )
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -201,8 +125,8 @@ class _Actor:
                 ring.append(brought)
             found = ring.popleft() if ring else None
             if found != tile or tile.bytes > stage_bytes:  # the test of every tile: no call, no message
-                _check(tile.bytes <= stage_bytes, "a tile fits a stage", tile)
-                _check(False, f"CTA {self.cta}: the producer brings what is taken next, {tile}", found)
+                require(tile.bytes <= stage_bytes, "a tile fits a stage", tile)
+                require(False, f"CTA {self.cta}: the producer brings what is taken next, {tile}", found)
 
 
 class _Told:
@@ -278,10 +202,10 @@ def run_step(plan: BlockPlan, position: int) -> Run:
                 actor.done += 1
                 moved = True
     stuck = {(a.cta, ROLES[a.number % 2]): a.actions[a.done] for a in actors if a.done < len(a.actions)}
-    _check(not stuck, "no deadlock", dict(list(stuck.items())[:3]))
+    require(not stuck, "no deadlock", dict(list(stuck.items())[:3]))
     for actor in actors:
         left = [*actor.ring, *actor.producer]
-        _check(not left, f"CTA {actor.cta}: everything produced is taken", left[:3])
+        require(not left, f"CTA {actor.cta}: everything produced is taken", left[:3])
     return run
 
 
@@ -351,17 +275,13 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
 def _key(plan: BlockPlan, cta: int, action: Action) -> Key:
     if action.kind in ("signal", "await"):
         return f"signal {action.name}", action.layer, cta
-    return action.name, action.layer, _scope(plan, cta, action.name)
-
-
-def _scope(plan: BlockPlan, cta: int, name: str) -> int:
-    return cta // plan.cluster_size if name == "exchange" else 0
+    return action.name, action.layer, scope_of(plan, cta, action.name)
 
 
 def _parts(plan: BlockPlan, cta: int, name: str, rows: range) -> Iterable[int]:
     """The parts of a vector that are complete by themselves: q, k and v of each head; of others the cluster's or all."""
     if name != "qkv":
-        return (_scope(plan, cta, name),)
+        return (scope_of(plan, cta, name),)
     size = 3 * plan.config.head_dim
     return range(rows.start // size, -(-rows.stop // size))
 
@@ -409,7 +329,7 @@ def _check_waits(run: Run) -> None:
     """No count is reached with arrivals of a later layer in place of earlier ones."""
     for (name, layer, scope), events in run.arrivals.items():
         fault = unordered(run.arrivals.get((name, layer - 1, scope), []), events)
-        _check(fault is None, f"arrivals at {name} of layer {layer} come after all of layer {layer - 1}", fault)
+        require(fault is None, f"arrivals at {name} of layer {layer} come after all of layer {layer - 1}", fault)
 
 
 def _check_signals(run: Run) -> None:
@@ -417,16 +337,18 @@ def _check_signals(run: Run) -> None:
     for (cta, name), (signals, awaits) in run.rounds.items():
         given, wanted = [layer for layer, _ in signals], [layer for layer, _, _ in awaits]
         where = f"{name} of CTA {cta}"
-        _check(given == list(range(len(given))), f"{where} is signalled once a layer", given)
-        _check(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
-        _check(not {e.actor for _, e in signals} & {e.actor for _, e, _ in awaits}, f"{where} is the other role's", cta)
+        require(given == list(range(len(given))), f"{where} is signalled once a layer", given)
+        require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
+        require(
+            not {e.actor for _, e in signals} & {e.actor for _, e, _ in awaits}, f"{where} is the other role's", cta
+        )
         for layer, begin, over in awaits:
             if layer > 0:
                 fault = unordered([signals[layer - 1][1]], [begin])
-                _check(fault is None, f"{where}: round {layer - 1} is over when {layer} is awaited", fault)
+                require(fault is None, f"{where}: round {layer - 1} is over when {layer} is awaited", fault)
             if layer + 1 < len(signals):
                 fault = unordered([over], [signals[layer + 1][1]])
-                _check(fault is None, f"{where}: round {layer} is awaited before {layer + 1} is signalled", fault)
+                require(fault is None, f"{where}: round {layer} is awaited before {layer + 1} is signalled", fault)
 
 
 def _check_shared(run: Run) -> None:
@@ -436,25 +358,25 @@ def _check_shared(run: Run) -> None:
         where = f"{place} of CTA {cta}"
         for first, second in itertools.pairwise(writes):  # in the order of the run: enough of them are
             fault = unordered([first.event], [second.event])
-            _check(fault is None, f"writes to {where} have an order", (first.content, second.content))
+            require(fault is None, f"writes to {where} have an order", (first.content, second.content))
         for access in accesses:
             if access.writes:
                 continue
             found = [w for w in writes if unordered([w.event], [access.event]) is None]
-            _check(bool(found) and found[-1].content == access.content, f"{where} holds {access.content}", found[-1:])
+            require(bool(found) and found[-1].content == access.content, f"{where} holds {access.content}", found[-1:])
             for write in writes[len(found) :]:
                 fault = unordered([access.event], [write.event])
-                _check(fault is None, f"{where} is not written over while {access.content} is read", write.content)
+                require(fault is None, f"{where} is not written over while {access.content} is read", write.content)
 
 
 def _check_vectors(run: Run) -> None:
     """What is used has been written, and is written over only when all who use it have done so."""
     for key, uses in run.uses.items():
         fault = unordered(run.writes.get(key, []), uses)
-        _check(fault is None, f"{key[0]} of layer {key[1]} is complete before its use", fault)
+        require(fault is None, f"{key[0]} of layer {key[1]} is complete before its use", fault)
     for name, needed in buffers_needed(run).items():
         buffers = step.X_BUFFERS if name == "x" else 1
-        _check(needed <= buffers, f"{buffers} buffers of {name} suffice", needed)
+        require(needed <= buffers, f"{buffers} buffers of {name} suffice", needed)
 
 
 def buffers_needed(run: Run) -> dict[str, int]:
@@ -476,8 +398,3 @@ def buffers_needed(run: Run) -> dict[str, int]:
         )
         for name, seen in versions.items()
     }
-
-
-def _check(ok: bool, what: str, seen: object) -> None:
-    if not ok:
-        raise AssertionError(f"step: {what}: {seen}")

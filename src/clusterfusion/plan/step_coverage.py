@@ -1,0 +1,101 @@
+"""That a step's schedule reads and publishes everything once, and that every layer is as the first one."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+from clusterfusion.plan import step
+from clusterfusion.plan.block import ROLES, BlockPlan
+from clusterfusion.plan.step import Action
+
+Key = tuple[
+    str, int, int
+]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
+
+
+def check_cached_tokens(plan: BlockPlan, position: int) -> None:
+    """Each head's cached tokens are taken once, by its own CTAs."""
+    wanted = list(range(-(-position // plan.tile_tokens)))
+    for head in range(plan.config.num_heads):
+        ctas = range(head * plan.splits, (head + 1) * plan.splits)
+        taken = sorted(tile for cta in ctas for tile in step.cached_tiles(plan, cta, position))
+        require(taken == wanted, f"every tile of head {head} is read once at position {position}", taken)
+    for cta in range(plan.ctas):
+        tiles = step.cached_tiles(plan, cta, position)
+        require(step.attends(plan, cta) or not tiles, "CTAs without a head read no cached tokens", tiles)
+
+
+def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]], position: int) -> None:
+    """Every row of every matrix of every layer is read once, and every row of every version of a vector published once."""
+    c = plan.config
+    layers = range(c.num_layers)
+    sizes = {("read", name, layer): c.hidden_size for name in ("o", "down") for layer in layers}
+    sizes |= {(kind, "qkv", layer): 3 * c.hidden_size for kind in ("read", "publish") for layer in layers}
+    sizes |= {("read", "up", layer): c.intermediate_size for layer in layers}
+    sizes |= {("read", "lm_head", c.num_layers): c.vocab_size}
+    sizes |= {("publish", "x", layer + 1): c.hidden_size for layer in layers}
+    if not c.parallel_residual:
+        sizes |= {("publish", "middle", layer): c.hidden_size for layer in layers}
+    dealt: dict[tuple[str, str, int], list[range]] = collections.defaultdict(list)
+    for cta, (vectors, tiles) in enumerate(schedules):
+        for action in [*vectors, *tiles]:
+            if action.kind in ("read", "publish") and action.name != "kv" and action.rows:
+                dealt[action.kind, action.name, action.layer].append(action.rows)
+        taken = [(action.layer, action.rows) for action in vectors if action.name == "kv"]
+        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if step.attends(plan, cta)]
+        require(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
+        require([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
+        weights = [a.name for a in vectors if a.kind == "read" and a.name != "kv"]
+        require(not weights, "only tile warps take from the ring", weights)
+    require(dealt.keys() == sizes.keys(), "matrices and vectors", dealt.keys() ^ sizes.keys())
+    for (kind, name, layer), ranges in dealt.items():
+        end = 0
+        for rows in sorted(ranges, key=lambda r: r.start):
+            require(rows.start == end, f"every row of {name} of layer {layer} is {kind} once", rows)
+            end = rows.stop
+        require(end == sizes[kind, name, layer], f"all rows of {name} of layer {layer} are {kind}", end)
+    for name in ("qkv", "down"):
+        require(min(step.row_parts(plan, name)) > 0, f"no part of a row of {name} is empty", step.row_parts(plan, name))
+
+
+def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
+    """A layer's actions are those of the first one, and its targets all arrivals up to it."""
+    c = plan.config
+    arrivals = collections.Counter(
+        (a.name, a.layer, scope_of(plan, cta, a.name))
+        for cta, roles in enumerate(schedules)
+        for actions in roles
+        for a in actions
+        if a.kind == "arrive"
+    )
+    total: collections.Counter[Key] = collections.Counter()
+    for name, layer, scope in sorted(arrivals):
+        total[name, layer, scope] = arrivals[name, layer, scope] + total[name, layer - 1, scope]
+    pairs = {"x": range(c.hidden_size), "middle": range(c.hidden_size)}
+    for cta, roles in enumerate(schedules):
+        for role, actions in zip(ROLES, roles, strict=True):
+            by_layer: dict[int, list[tuple[str, str, range]]] = collections.defaultdict(list)
+            for action in actions:
+                belongs = action.layer - (action.kind == "publish" and action.name == "x")
+                by_layer[belongs].append((action.kind, action.name, action.rows))
+                if action.kind == "wait" and action.name in step.PAIRS:
+                    rows = pairs.get(action.name) or step.head_rows(plan, cta)
+                    require(action.rows == rows, "all rows that are used are waited for", action)
+                elif action.kind == "wait":
+                    wanted = total[action.name, action.layer, scope_of(plan, cta, action.name)]
+                    require(action.target == wanted, f"{wanted} arrivals are waited for", action)
+            first = [("wait", "x", range(c.hidden_size))] if role == "vectors" else []
+            for layer in range(1, c.num_layers):
+                require(
+                    by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])
+                )
+
+
+def scope_of(plan: BlockPlan, cta: int, name: str) -> int:
+    return cta // plan.cluster_size if name == "exchange" else 0
+
+
+def require(ok: bool, what: str, seen: object) -> None:
+    if not ok:
+        raise AssertionError(f"step: {what}: {seen}")
