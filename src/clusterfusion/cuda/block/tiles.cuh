@@ -21,9 +21,6 @@ class TileWarps : public CtaState<S> {
   using Base::s_;
   using Base::u_;
 
-  // Of eight registers each: what 128 a thread leave.
-  static constexpr int kKeptPieces = S::kHidden <= 10 * kVector * kWarpSize ? 10 : 8;
-
  public:
   using typename Base::Shared;
 
@@ -122,12 +119,12 @@ class TileWarps : public CtaState<S> {
   template <typename Tiles, typename V, typename Out>
   __device__ void gemv_rows(int rows, const V& x, Out out) {
     static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
-    gemv<W, Tiles, kKeptPieces>(ring_, rows, x, lane_, [&](int row, int, float value) { out(row, value); });
+    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int, float value) { out(row, value); });
   }
 
   template <typename Tiles, typename V>
   __device__ void gemv_parts(int rows, const V& x, float* sums) {
-    gemv<W, Tiles, kKeptPieces>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
+    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
   }
 
   RingConsumer<typename Base::WeightRing, Tracer::kOn> ring_;

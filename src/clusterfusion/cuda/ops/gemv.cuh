@@ -46,7 +46,6 @@ struct RowTiles {
 // An fp32 vector in shared memory as two arrays of float4: elements 0-3 and 4-7 of each group of eight, so that a warp's
 // 16-byte reads are free of bank conflicts.
 struct SplitVector {
-  static constexpr bool kPacked = false;
   float4 *low, *high;
   __device__ __forceinline__ void get(int vector, float (&out)[kVector]) const {
     const float4 a = low[vector], b = high[vector];
@@ -59,76 +58,29 @@ struct SplitVector {
 // A vector of 16-bit elements in shared memory.
 template <typename W>
 struct PackedVector {
-  static constexpr bool kPacked = true;
   const uint4* data;
   __device__ __forceinline__ void get(int vector, float (&out)[kVector]) const { unpack8<W>(data[vector], out); }
 };
 
-// The first kSteps pieces of a vector that a lane needs for every row, in registers: read from shared memory at each row, they
-// would take more of its bandwidth than the weights do. Piece `step` is the 8-element vector step * 32 + lane of `x`.
-template <int kSteps>
-struct KeptVector {
-  float values[kSteps > 0 ? kSteps * kVector : 1];
-  template <typename X>
-  __device__ __forceinline__ KeptVector(const X& x, int lane, int vectors) {
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      float piece[kVector] = {};
-      if (step * kWarpSize + lane < vectors) x.get(step * kWarpSize + lane, piece);
-#pragma unroll
-      for (int k = 0; k < kVector; k++) values[step * kVector + k] = piece[k];
-    }
-  }
-};
-
-// The same for rows in parts, of a vector of 16-bit elements, where a warp's tiles are all of one part.
-template <int kSteps>
-struct KeptPart {
-  uint4 packed[kSteps > 0 ? kSteps : 1];
-  template <typename X>
-  __device__ __forceinline__ KeptPart(const X& x, int lane, int first, int vectors) {
-    if constexpr (kSteps > 0) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        const int v = step * kWarpSize + lane;
-        packed[step] = v < vectors ? x.data[first + v] : make_uint4(0, 0, 0, 0);
-      }
-    }
-  }
-};
-
-// This CTA's `rows` rows, in tiles; calls out(row, part, value) on one lane for each row and part, rows from 0. kKept: how many
-// pieces of the vector to keep in registers, where rows are whole tiles.
-template <typename W, typename Tiles, int kKept = 0, typename Consumer, typename X, typename Out>
+// This CTA's `rows` rows, in tiles; calls out(row, part, value) on one lane for each row and part, rows from 0.
+template <typename W, typename Tiles, typename Consumer, typename X, typename Out>
 __device__ __forceinline__ void gemv(Consumer& consumer, int rows, const X& x, int lane, Out out) {
   constexpr int kRowVectors = (Tiles::kParts > 1 ? Tiles::kPartColumns : Tiles::kColumns) / kVector;
   constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize;
-  constexpr int kKeep = Tiles::kParts > 1 ? 0 : kKept < kSteps ? kKept : kSteps;
   constexpr int kTogether = Tiles::kRows < 4 ? Tiles::kRows : 4;  // rows that share each read of x
-  const KeptVector<kKeep> kept(x, lane, kRowVectors);
-  // Tiles of a row's parts come in turn: with a multiple of them as warps, a warp has always the same part.
-  constexpr bool kKeepPart =
-      Tiles::kParts > 1 && kKept > 0 && Consumer::kWarps % Tiles::kParts == 0 && kSteps <= 12 && X::kPacked;
-  const int own_part = kKeepPart ? consumer.next_tile() % Tiles::kParts : 0;
-  const KeptPart<kKeepPart ? kSteps : 0> kept_part(
-      x, lane, own_part * kRowVectors, min(kRowVectors, Tiles::kColumns / kVector - own_part * kRowVectors));
   consumer.tiles(Tiles::tiles(rows), [&](int tile, const char* data) {
     const uint4* weights = reinterpret_cast<const uint4*>(data);
     if constexpr (Tiles::kParts > 1) {
       const int row = tile / Tiles::kParts, part = tile % Tiles::kParts;
       const int vectors = min(kRowVectors, Tiles::kColumns / kVector - part * kRowVectors);
       float sum = 0;
-#pragma unroll (kKeepPart ? kSteps : 5)
+#pragma unroll 5
       for (int step = 0; step < kSteps; step++) {
         const int v = step * kWarpSize + lane;
         if (v < vectors) {
           float a[kVector], b[kVector];
           unpack8<W>(weights[v], a);
-          if constexpr (kKeepPart) {
-            unpack8<W>(kept_part.packed[step], b);
-          } else {
-            x.get(part * kRowVectors + v, b);
-          }
+          x.get(part * kRowVectors + v, b);
 #pragma unroll
           for (int k = 0; k < kVector; k++) sum = fmaf(a[k], b[k], sum);
         }
@@ -146,12 +98,7 @@ __device__ __forceinline__ void gemv(Consumer& consumer, int rows, const X& x, i
           const int v = step * kWarpSize + lane;
           if (kRowVectors % kWarpSize == 0 || v < kRowVectors) {
             float b[kVector];
-            if (step < kKeep) {
-#pragma unroll
-              for (int k = 0; k < kVector; k++) b[k] = kept.values[step * kVector + k];
-            } else {
-              x.get(v, b);
-            }
+            x.get(v, b);
 #pragma unroll
             for (int r = 0; r < kTogether; r++) {
               if (Tiles::kRows % kTogether != 0 && base + r >= Tiles::kRows) continue;

@@ -67,8 +67,6 @@ class RingProducer {
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
-  static constexpr int kWarps = Ring::kWarps;
-
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp, int lane)
       : stages_(stages), barriers_(barriers), lane_(lane), stage_(warp), next_(warp) {}
 
@@ -88,9 +86,6 @@ class RingConsumer {
       if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
   }
-
-  // The number, in the next phase, of this warp's first tile there.
-  __device__ __forceinline__ int next_tile() const { return next_ - first_; }
 
   // Clocks of this warp's waits for data since the last call, with kTimed.
   __device__ long long take_waited() {
