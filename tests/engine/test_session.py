@@ -10,6 +10,7 @@ from tiny_models import random_token_ids, relative_error, tiny_gpt_neox, tiny_ll
 
 import clusterfusion
 from clusterfusion.engine import Engine, Session
+from clusterfusion.engine.sampling import Sampler, SamplingOptions
 from clusterfusion.errors import ArgumentError, ContextLengthError, DeviceError
 
 IDS = [5, 17, 3, 88, 20, 41]
@@ -138,3 +139,67 @@ def test_a_cache_that_does_not_fit_is_refused(engine: Engine, monkeypatch: pytes
     monkeypatch.setattr("clusterfusion.engine.memory.free_bytes", lambda device: 1000)
     with pytest.raises(DeviceError, match="K/V cache of 24 tokens needs"):
         engine.session()
+
+
+class RunsAhead:
+    """In place of a StepDecoder: the token at position p is p, chosen one by one."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int, float, int]] = []
+        self.closed = 0
+
+    def stream(self, token: int, position: int, steps: int, temperature: float, seed: int) -> Any:
+        self.asked.append((token, position, steps, temperature, seed))
+        try:
+            for step in range(steps):
+                yield position + step + 1
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture
+def ahead(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, RunsAhead]:
+    session = engine.session()
+    session.prefill(IDS[:3])
+    decoder = RunsAhead()
+    monkeypatch.setattr(session, "_mode", "model")
+    monkeypatch.setattr(session, "_own_decoder", lambda: decoder)
+    return session, decoder
+
+
+def test_decoding_ahead_moves_the_position_with_the_tokens(ahead: tuple[Session, RunsAhead]) -> None:
+    session, decoder = ahead
+    following = session.decode(7, 5, Sampler(SamplingOptions(temperature=0.5, seed=9), []))
+    assert [next(following) for _ in range(2)] == [4, 5]
+    assert session.position == 5
+    following.close()
+    assert decoder.closed == 1 and decoder.asked == [(7, 3, 5, 0.5, 9)]
+    assert list(session.decode(5, 2, Sampler(SamplingOptions(), []))) == [6, 7]
+
+
+def test_decoding_ahead_ends_where_the_room_ends(ahead: tuple[Session, RunsAhead]) -> None:
+    session, decoder = ahead
+    following = session.decode(7, 100, Sampler(SamplingOptions(), []))
+    assert [next(following) for _ in range(21)] == list(range(4, 25))
+    with pytest.raises(ContextLengthError, match="room for 24"):
+        next(following)
+    assert session.position == 24 and decoder.asked[0][2] == 21
+
+
+def test_a_session_that_went_on_by_other_means_is_told(ahead: tuple[Session, RunsAhead]) -> None:
+    session, decoder = ahead
+    following = session.decode(7, 9, Sampler(SamplingOptions(), []))
+    next(following)
+    session.rewind(2)
+    with pytest.raises(ArgumentError, match="other means"):
+        next(following)
+    assert decoder.closed == 1 and session.position == 2
+
+
+def test_what_the_gpu_cannot_choose_is_chosen_here(ahead: tuple[Session, RunsAhead]) -> None:
+    session, decoder = ahead
+    for options in (SamplingOptions(1.0, top_k=3), SamplingOptions(1e-7), SamplingOptions(repetition_penalty=1.2)):
+        assert not options.on_device
+    session._mode = "reference"
+    assert len(list(session.decode(7, 3, Sampler(SamplingOptions(), [])))) == 3
+    assert not decoder.asked

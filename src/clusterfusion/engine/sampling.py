@@ -18,6 +18,8 @@ from clusterfusion.arguments import as_float, as_int
 from clusterfusion.engine.gumbel import gumbel_noise
 from clusterfusion.errors import ArgumentError, DeviceError
 
+LEAST_TEMPERATURE_ON_DEVICE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
@@ -40,9 +42,10 @@ class SamplingOptions:
     @property
     def on_device(self) -> bool:
         """Whether logits, seed and position alone decide the token, by nothing but temperature: what a GPU can do by
-        itself. Greedy choice needs no filter: the likeliest token passes them all."""
-        unfiltered = self.top_k is None and self.top_p == 1
-        return self.repetition_penalty == 1 and (self.temperature == 0 or unfiltered)
+        itself. Greedy choice needs no filter: the likeliest token passes them all. A temperature so low that a logit over it
+        could overflow is left to the host."""
+        sampled = self.temperature >= LEAST_TEMPERATURE_ON_DEVICE and self.top_k is None and self.top_p == 1
+        return self.repetition_penalty == 1 and (self.temperature == 0 or sampled)
 
     def __post_init__(self) -> None:
         temperature = as_float("temperature", self.temperature, "a number >= 0")
@@ -94,8 +97,9 @@ class Sampler:
         scores = logits.detach().to("cpu", torch.float64)
         if not torch.isfinite(scores.max()):
             return int(logits.argmax())  # not finite: choose() says so
-        scores = ((scores - scores.max()) / options.temperature).clamp_min(-1e4).to(torch.float32)
-        scores = filter_scores(scores, options.top_k, options.top_p)
+        scores = ((scores - scores.max()) / options.temperature).clamp_min(-1e4)
+        if not options.on_device:  # where the GPU may choose, the order is that of float64
+            scores = filter_scores(scores.to(torch.float32), options.top_k, options.top_p)
         noise = torch.from_numpy(gumbel_noise(self.seed, position, len(scores)))
         return int((scores + noise).argmax())
 

@@ -66,7 +66,8 @@ class Session:
     def decode(self, token: int, count: int, sampler: Sampler) -> Generator[int, None, None]:
         """The `count` tokens that follow `token`, which is the next one to take in. Each is taken in before the one after it
         comes; the last one is not. In mode "model" the GPU chooses, where it can (`SamplingOptions.on_device`), and runs
-        ahead; what it computed past the last token that was asked for is void. Raises as `step` and `Sampler.choose` do.
+        ahead; what it computed past the last token that was asked for is void, and the session may not go on by other means
+        between two tokens (ArgumentError at the next). Raises as `step` and `Sampler.choose` do.
         """
         if self._mode != "model" or not sampler.options.on_device:
             for _ in range(count):
@@ -76,13 +77,22 @@ class Session:
                 yield token
             return
         token = as_int("token", token, 0, self._weights.config.vocab_size - 1)
-        self._require_room(count)
         decoder = cast("StepDecoder", self._own_decoder())
-        following = decoder.stream(token, self._position, count, sampler.options.temperature, sampler.seed)
+        position, room = self._position, self.max_seq_len - self._position
+        options = sampler.options
+        following = decoder.stream(token, position, min(count, room), options.temperature, sampler.seed)
         with contextlib.closing(following):
             for chosen in following:
-                self._position += 1
+                if self._position != position:
+                    raise ArgumentError(
+                        f"the session stands at {self._position}, and this decode at {position}: between two of its tokens "
+                        "the session must not go on by other means"
+                    )
+                position += 1
+                self._position = position
                 yield chosen
+        if count > room:
+            self._require_room(1)
 
     def check(self) -> None:
         """Raise DeviceError if a step that has ended on the GPU failed. `step` looks too, for the steps before it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clusterfusion import reference
 from clusterfusion.engine.block_decoder import rotary_tables
-from clusterfusion.errors import DeviceError, UnsupportedModelError
+from clusterfusion.errors import ArgumentError, DeviceError, UnsupportedModelError
 from clusterfusion.jit.decode_step import (
     CANDIDATE_WORDS,
     NO_FAULT,
@@ -47,7 +47,7 @@ class StepDecoder:
     that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
 
     Device memory beside weights and cache: `plan.scratch_bytes`, the residual vector twice in pairs of value and epoch, the
-    rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 8.
+    rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 12.
     """
 
     @torch.inference_mode(False)  # its buffers are written in place later, in whatever mode the caller is in then
@@ -73,6 +73,9 @@ class StepDecoder:
         self._logits = torch.empty(config.vocab_size, dtype=torch.float32, device=device)
         self._chosen = torch.zeros(AHEAD, dtype=torch.int32, device="cpu", pin_memory=True)
         self._choices = self._chosen.numpy()
+        self._void = torch.zeros(1, dtype=torch.int32, device=device)  # takes choices that nobody reads
+        self._turn = 0  # of steps and streams: who goes on must be the last who began
+        self._interrupted = False
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
         self._arguments = self._make_arguments()
         self._launch_step = prepare_step(
@@ -87,10 +90,12 @@ class StepDecoder:
     def step(self, token: int, position: int) -> Tensor:
         """Logits [vocab], float32, after `token` at `position`; its keys and values go into the cache.
 
-        Raises DeviceError when an earlier step of this decoder failed on the GPU.
+        Raises DeviceError when an earlier step of this decoder failed on the GPU. Ends a stream that is not exhausted: its
+        next token raises ArgumentError.
         """
+        self._turn += 1
         self.check_error()
-        self._launch(token, position, slot=0)
+        self._launch(token, position, self._void.data_ptr())
         with torch.cuda.device(self._weights.device), torch.inference_mode(False), torch.no_grad():
             return self._logits.clone()
 
@@ -100,38 +105,66 @@ class StepDecoder:
         """The tokens that follow `token`, which stands at `position`: `steps` of them, each chosen on the GPU.
 
         Up to AHEAD launches run past the token that was asked for; what they leave in the cache, and at most there, is
-        void. Raises DeviceError for a step that failed, and for logits that are not finite.
+        void. All of them are on the stream that is current at the first, and none is under way any more when the generator
+        has ended or was closed. Raises DeviceError for a step that failed, and for logits that are not finite; ArgumentError
+        when the decoder has gone on by other means since the last token.
         """
+        self._turn += 1
+        mine = self._turn
+        on = torch.cuda.current_stream(self._weights.device)
         flying: collections.deque[int] = collections.deque()
         launched = 0
-        while True:
-            while launched < steps and len(flying) < AHEAD:
+        try:
+            while True:
+                while launched < steps and len(flying) < AHEAD:
+                    self.check_error()
+                    slot = launched % AHEAD
+                    choice = self._chosen.data_ptr() + slot * self._chosen.element_size()
+                    with torch.cuda.stream(on):
+                        self._launch(
+                            token if launched == 0 else NO_TOKEN, position + launched, choice, temperature, seed
+                        )
+                    self._events[slot].record(on)
+                    flying.append(slot)
+                    launched += 1
+                if not flying:
+                    return
+                slot = flying.popleft()
+                self._events[slot].synchronize()
                 self.check_error()
-                slot = launched % AHEAD
-                first = launched == 0
-                self._launch(token if first else NO_TOKEN, position + launched, slot, temperature, seed)
-                self._events[slot].record(torch.cuda.current_stream(self._weights.device))
-                flying.append(slot)
-                launched += 1
-            if not flying:
-                return
-            slot = flying.popleft()
-            self._events[slot].synchronize()
-            self.check_error()
-            chosen = int(self._choices[slot])
-            if chosen == NO_TOKEN:
-                raise DeviceError(
-                    "the model's logits are not finite: its activations overflow the dtype; load it with dtype='bfloat16' "
-                    "or 'float32'"
-                )
-            yield chosen
+                chosen = int(self._choices[slot])
+                if chosen == NO_TOKEN:
+                    raise DeviceError(
+                        "the model's logits are not finite: its activations overflow the dtype; load it with "
+                        "dtype='bfloat16' or 'float32'"
+                    )
+                yield chosen
+                if self._turn != mine:
+                    raise ArgumentError("the decoder has gone on by other means since this stream's last token")
+        finally:
+            # Whoever uses the cache next, on whatever stream, must not meet them; and the choices lie in host memory, which
+            # is free for others when this decoder is dropped.
+            if flying and self._turn == mine:
+                self._events[flying[-1]].synchronize()
+            elif flying:
+                on.synchronize()
 
-    def _launch(self, token: int, position: int, slot: int, temperature: float = 0.0, seed: int = 0) -> None:
+    def _launch(self, token: int, position: int, choice: int, temperature: float = 0.0, seed: int = 0) -> None:
+        """`choice`: address of the int that takes the chosen token, on the device or in page-locked memory."""
+        if torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                "a step of mode 'model' cannot be captured in a CUDA graph: every launch has a number of its own"
+            )
         a = self._arguments
-        a.token, a.position, a.temperature, a.seed = token, position, temperature, seed
-        a.chosen = self._chosen.data_ptr() + slot * self._chosen.element_size()
-        self._launch_step()
+        a.token, a.position, a.temperature, a.seed, a.chosen = token, position, temperature, seed, choice
+        self._interrupted = True  # should an exception come between the launch and the count of it
+        try:
+            self._launch_step()
+        except DeviceError:
+            self._interrupted = False  # refused: nothing was launched
+            raise
         a.launch = (a.launch + 1) & 0xFFFFFFFF
+        self._interrupted = False
 
     def _make_arguments(self) -> Any:
         weights, c = self._weights, self._weights.config
@@ -161,5 +194,8 @@ class StepDecoder:
         )
 
     def check_error(self) -> None:
-        """Raise DeviceError if a step that has ended on the GPU gave up waiting. Costs nothing but a look."""
+        """Raise DeviceError if a step that has ended on the GPU gave up waiting, or the host was interrupted while it
+        launched one. Costs nothing but a look."""
+        if self._interrupted:
+            raise DeviceError("a launch was interrupted, and whether it ran is not known. Make a new session")
         self._error.check("Make a new session")
