@@ -25,6 +25,24 @@ JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 OFF_GPU = {"__init__.py", "__main__.py", "bench", "cli", "integrations", "named_shapes.py", "random_weights.py"}
 
 
+PENDING = Path("tests/gpu_record_pending.json")
+
+
+def acknowledged(root: Path, digest: str) -> str | None:
+    """Why there is no record of the sources with this very digest, if someone has said so; None for any others."""
+    path = root / PENDING
+    pending = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return pending["reason"] if pending.get("digest") == digest else None
+
+
+def test_a_missing_record_is_acknowledged_for_one_state_of_the_sources_only(tmp_path: Path) -> None:
+    assert acknowledged(tmp_path, "abc") is None
+    (tmp_path / PENDING).parent.mkdir()
+    (tmp_path / PENDING).write_text(json.dumps({"digest": "abc", "reason": "no GPU was at hand"}), encoding="utf-8")
+    assert acknowledged(tmp_path, "abc") == "no GPU was at hand"
+    assert acknowledged(tmp_path, "abd") is None
+
+
 def test_record_is_for_these_sources() -> None:
     path = gpu_record.ROOT / gpu_record.RECORD
     if not any((gpu_record.ROOT / "tests/gpu").rglob("test_*.py")):
@@ -34,13 +52,18 @@ def test_record_is_for_these_sources() -> None:
             f"there is no GPU evidence: {gpu_record.RECORD} is missing. Make it {gpu_record.MEND}", pytrace=False
         )
     record = json.loads(path.read_text(encoding="utf-8"))
-    found = gpu_record.complaints(record, gpu_record.source_digests(gpu_record.ROOT))
+    sources = gpu_record.source_digests(gpu_record.ROOT)
+    found = gpu_record.complaints(record, sources)
+    if found and (reason := acknowledged(gpu_record.ROOT, gpu_record.digest(sources))):
+        pytest.xfail(reason)
     if found:
         listing = "\n".join(f"  {line}" for line in found)
         pytest.fail(
             f"{gpu_record.RECORD} is no evidence for these sources:\n{listing}\nMend it {gpu_record.MEND}",
             pytrace=False,
         )
+    if (gpu_record.ROOT / PENDING).exists():
+        pytest.fail(f"{gpu_record.RECORD} is for these sources, so {PENDING} has no use: remove it", pytrace=False)
 
 
 @pytest.fixture
