@@ -22,20 +22,12 @@ from clusterfusion import reference
 from clusterfusion.bench.read_ceiling import ReadCeiling
 from clusterfusion.engine.step_decoder import StepDecoder
 from clusterfusion.jit.cache import default_cache
-from clusterfusion.jit.decode_step import TRACE_CLOCKS, step_source
+from clusterfusion.jit.decode_step import step_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_launch import plan_for
 from clusterfusion.plan import BlockPlan, block
+from clusterfusion.plan.trace import EVENTS, ROLES, order, trace_words
 from clusterfusion.random_weights import random_weights, uniform
-
-VECTORS = (
-    "begin residual_read normed attention_wait attention_begin attention_done output_wait output_begin output_ready down_wait "
-    "down_begin down_ready sums_wait published"
-).split()
-TILES = (
-    "qkv_wait qkv_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done"
-).split()
-EVENTS = [*VECTORS, *TILES, "data_waited"]
 
 
 def variant(plan: BlockPlan, text: str) -> BlockPlan:
@@ -141,8 +133,7 @@ def main() -> None:
 
 def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, context: int) -> None:
     layers = plan.config.num_layers
-    size = plan.ctas * ((layers + 1) * len(EVENTS) + TRACE_CLOCKS)
-    trace = torch.zeros(size, dtype=torch.int64, device="cuda")
+    trace = torch.zeros(trace_words(plan), dtype=torch.int64, device="cuda")
     decoder = StepDecoder(weights, cache, plan=plan, trace=trace)  # type: ignore[arg-type]
     for _ in range(5):
         list(decoder.stream(7, context, 8))
@@ -153,7 +144,8 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
     print(f"  {ghz:.3f} GHz; step {(clocks[:, 2] - clocks[:, 0]).median().item() / ghz / 1e3:.1f} us")
     middle = events[:, 4 : layers - 2].double() / ghz / 1e3
     at = {name: middle[..., i] for i, name in enumerate(EVENTS)}
-    for before, after in [*itertools.pairwise(VECTORS), *itertools.pairwise(TILES)]:
+    orders = [order(role, plan.config.parallel_residual) for role in ROLES]
+    for before, after in itertools.chain.from_iterable(map(itertools.pairwise, orders)):
         took = at[after] - at[before]
         took = took[: plan.config.num_heads * plan.splits]
         print(

@@ -247,7 +247,8 @@ def test_info_says_what_is_here() -> None:
     said = json.loads(run("info", "--json").stdout)
     assert said["versions"]["clusterfusion"] == clusterfusion.__version__
     assert said["gpus"] == []
-    assert said["modes"]["reference"]["available"] is True
+    assert list(said["modes"]) == ["reference", "split", "fused", "graph", "model"]
+    assert said["modes"]["reference"]["needs"] == "any device"
 
 
 def test_version_and_help() -> None:

@@ -146,10 +146,7 @@ def _lines(gathered: dict[str, Any]) -> list[str]:
         lines += section("GPU", {"none": gathered["gpu_trouble"]})
     lines += section(
         "modes",
-        {
-            name: f"{mode['launch']}; needs {mode['needs']}" + ("" if mode["available"] else " (not in this version)")
-            for name, mode in gathered["modes"].items()
-        },
+        {name: f"{mode['launch']}; needs {mode['needs']}" for name, mode in gathered["modes"].items()},
     )
     return lines[:-1]
 

@@ -17,7 +17,6 @@ class Mode:
     name: str
     launch: str  # what is launched for a step
     needs: str
-    available: bool
 
 
 _KERNELS = "a GPT-NeoX model in 16 bits on an NVIDIA GPU of compute capability 9.0 or newer"
@@ -25,11 +24,11 @@ _KERNELS = "a GPT-NeoX model in 16 bits on an NVIDIA GPU of compute capability 9
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
-        Mode("reference", "plain PyTorch operations", "any device", available=True),
-        Mode("split", "regular launches, no grid barrier", _KERNELS, available=True),
-        Mode("fused", "one cooperative launch with clusters a layer", _KERNELS, available=True),
-        Mode("graph", "the fused layers in a CUDA graph", _KERNELS, available=True),
-        Mode("model", "one cooperative launch for the whole step", _KERNELS, available=True),
+        Mode("reference", "plain PyTorch operations", "any device"),
+        Mode("split", "regular launches, no grid barrier", _KERNELS),
+        Mode("fused", "one cooperative launch with clusters a layer", _KERNELS),
+        Mode("graph", "the fused layers in a CUDA graph", _KERNELS),
+        Mode("model", "one cooperative launch for the whole step", _KERNELS),
     )
 }
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")
@@ -65,8 +64,6 @@ def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.
     """What keeps a mode from running `config`, or None."""
     if name == "reference":
         return None
-    if not MODES[name].available:
-        return f"mode {name!r} is not part of this version yet"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":

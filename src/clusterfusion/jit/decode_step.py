@@ -17,7 +17,6 @@ PROGRAM = "programs/decode_step.cu"
 NO_TOKEN = -1  # in place of a token: the one that the last step chose; as a choice: the logits are not finite
 STATE_WORDS = 2  # 32-bit words of the kernel's StepState
 CANDIDATE_WORDS = 4  # 32-bit words of a Candidate, one a CTA
-TRACE_CLOCKS = 4  # 64-bit words a CTA, behind the events
 NO_FAULT = -1
 _POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
 
