@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
 
-A VARIANT is ctas=C,warps=W,rows=R,stages=S,window=N; what is left out is as the plan has it. `rows` of hidden_size make a
+A VARIANT is ctas=C,warps=W,rows=R,stages=S,window=N,upfirst=0|1; what is left out is as the plan has it. `rows` of hidden_size make a
 stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
 the time of a layer goes.
 """
@@ -26,7 +26,7 @@ from clusterfusion.jit.decode_step import step_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_launch import plan_for
 from clusterfusion.plan import BlockPlan, block
-from clusterfusion.plan.trace import EVENTS, ROLES, order, trace_words
+from clusterfusion.plan.trace import EVENTS, ROLES, passed, trace_words
 from clusterfusion.random_weights import random_weights, uniform
 
 
@@ -46,8 +46,9 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     splits = min(ctas // c.num_heads, block.MOST_SPLITS)
     splits = splits // 2 * 2 if splits > 1 else splits
     window = knobs.get("window", plan.window_stages)
+    up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
-        plan, ctas=ctas, splits=splits, vector_warps=vectors, warps=warps, stages=stages, stage_bytes=stage,
+        plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, stage_bytes=stage,
         window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,
         shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
     )  # fmt: skip
@@ -144,7 +145,7 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
     print(f"  {ghz:.3f} GHz; step {(clocks[:, 2] - clocks[:, 0]).median().item() / ghz / 1e3:.1f} us")
     middle = events[:, 4 : layers - 2].double() / ghz / 1e3
     at = {name: middle[..., i] for i, name in enumerate(EVENTS)}
-    orders = [order(role, plan.config.parallel_residual) for role in ROLES]
+    orders = [[event for event in passed(role, plan.order) if event != "logits_done"] for role in ROLES]
     for before, after in itertools.chain.from_iterable(map(itertools.pairwise, orders)):
         took = at[after] - at[before]
         took = took[: plan.config.num_heads * plan.splits]

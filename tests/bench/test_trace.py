@@ -100,7 +100,7 @@ def test_tiles_that_leave_the_lm_head_to_others_end_with_their_last_event() -> N
     assert end[0, -2] == timeline.at("down_tiles_done")[0, -2]
     summary = summarise(timeline, 5)
     assert summary.head["tiles"].total_ns == 0 and summary.head["tiles"].share("streaming") == 0
-    assert summary.step["tiles"].parts["other"] == pytest.approx(HEAD_LAYER + 10 + (LAYERS - 1) * TILES["qkv_wait"])
+    assert summary.step["tiles"].parts["other"] == pytest.approx(HEAD_LAYER + 10 + (LAYERS - 1) * TILES["project_wait"])
     json.dumps(chrome_trace(timeline, about=summary.to_json()), allow_nan=False)
 
 

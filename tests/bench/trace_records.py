@@ -22,14 +22,14 @@ VECTORS = {
     "sums_wait": 0, "published": 130,
 }  # fmt: skip
 TILES = {
-    "qkv_wait": 10, "qkv_begin": 150, "qkv_done": 200, "up_done": 180, "o_wait": 0, "o_begin": 260, "o_done": 80,
+    "project_wait": 10, "project_begin": 150, "qkv_done": 200, "up_done": 180, "o_wait": 0, "o_begin": 260, "o_done": 80,
     "down_tiles_wait": 0, "down_tiles_begin": 20, "down_tiles_done": 100,
 }  # fmt: skip
 LAYER = 1000  # ns, of both
 # After the last layer.
 HEAD = {
     "vectors": {"begin": 10, "residual_read": 100, "normed": 50},
-    "tiles": {"qkv_wait": 10, "qkv_begin": 150, "qkv_done": 300},
+    "tiles": {"project_wait": 10, "project_begin": 150, "logits_done": 300},
 }
 HEAD_LAYER = 500  # to the CTA's end
 DATA_WAITED, HEAD_DATA_WAITED = 56, 32
@@ -70,7 +70,7 @@ def make_record(
             now = START
             for layer in range(c.num_layers + 1):
                 usually = HEAD[role] if layer == c.num_layers else {"vectors": VECTORS, "tiles": TILES}[role]
-                for event in trace.order(role, c.parallel_residual):
+                for event in trace.passed(role, plan.order):
                     mine = gaps(cta, layer, role, usually)
                     if event in mine:
                         now += mine[event]

@@ -107,7 +107,7 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
             _CPP_TYPES[x_type],
             *map(str, (c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.rotary.dim)),
             f"clusterfusion::Gelu::{gelu}",
-            "true" if c.parallel_residual else "false",
+            *("true" if flag else "false" for flag in (c.parallel_residual, plan.up_first)),
             *map(str, partition + ring + cache),
         )
     )

@@ -1,7 +1,8 @@
 """The plan of one decoder layer: rows to CTAs, heads to clusters, ring and window; and a check of it.
 
 The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
-R rows, in tiles of whole rows, or of parts of a row that is longer than a stage. Head h belongs to the `splits` CTAs from
+R rows, but for the up projection's, which even out what the others leave uneven; in tiles of whole rows, or of parts of a row
+that is longer than a stage. Head h belongs to the `splits` CTAs from
 h * splits on, whole clusters, which take its cached tokens tile by tile in turn.
 """
 
@@ -45,6 +46,9 @@ TARGET_STAGE_BYTES = 8192
 WINDOW_BYTES = 51200
 WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
+# With so much of the up projection a CTA, q, k and v behind it hide the wait for h; with less, attention is what takes long,
+# and starts as early as it can.
+UP_FIRST_BYTES = 200 * 1024
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
 PAIR_BYTES = 8  # a float and its epoch
 COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
@@ -53,6 +57,13 @@ MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 BARRIER_BYTES = 16  # of a stage: one mbarrier for full, one for empty
 
+# In which a layer's matrices come; which vectors are ready when follows from it. Sequential residual leaves no choice.
+Order = Literal["up_first", "qkv_first", "sequential"]
+MATRICES: dict[Order, tuple[str, ...]] = {
+    "up_first": ("up", "qkv", "down", "o"),
+    "qkv_first": ("qkv", "up", "down", "o"),
+    "sequential": ("qkv", "o", "up", "down"),
+}
 Segment = Literal["whole", "project", "attend", "output", "expand", "contract"]
 
 
@@ -65,6 +76,7 @@ class BlockPlan:
     ctas: int
     cluster_size: int
     splits: int  # CTAs that share a head's cached tokens
+    up_first: bool  # with parallel residual: up before q, k, v
     vector_warps: int  # norms, attention, activations
     warps: int  # tile warps: weights times vectors; one producer warp comes on top
     stages: int  # of the ring of weights
@@ -78,6 +90,13 @@ class BlockPlan:
     @property
     def threads(self) -> int:
         return (self.vector_warps + self.warps + 1) * 32
+
+    @property
+    def order(self) -> Order:
+        """The order of a layer's matrices."""
+        if not self.config.parallel_residual:
+            return "sequential"
+        return "up_first" if self.up_first else "qkv_first"
 
     @property
     def merged_ctas(self) -> int:
@@ -118,8 +137,22 @@ class BlockPlan:
         return sum(self.scratch_sizes.values())
 
     def rows(self, total: int, cta: int) -> range:
-        """The rows of a matrix of `total` rows that a CTA reads."""
+        """The rows of a matrix of `total` rows that a CTA reads; of the up projection, `up_rows`."""
         return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
+
+    def up_rows(self, cta: int) -> range:
+        """The rows of the up projection that a CTA reads: so many that its share of all of a layer's weights is even to within
+        a row, where it has enough of them to make up for a row of every other matrix."""
+        return range(self._up_row(cta), self._up_row(cta + 1))
+
+    def _up_row(self, cta: int) -> int:
+        hidden, up = self.config.hidden_size, self.config.intermediate_size
+        out = hidden + up  # elements of a row of o and one of down
+        if up < (out // hidden + 3) * self.ctas:
+            return up * cta // self.ctas
+        layer = hidden * (3 * hidden + up + out)
+        others = 3 * hidden * cta // self.ctas * hidden + hidden * cta // self.ctas * out
+        return (layer * cta // self.ctas - others) // hidden
 
 
 def why_not(config: DecoderConfig) -> str | None:
@@ -154,6 +187,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
     wide = config.hidden_size >= WIDE_HIDDEN_SIZE
+    up_bytes = config.intermediate_size * row_bytes // ctas
     cache_stages = vector_warps if wide or scarce else 2 * vector_warps
     cache_bytes = SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
     tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
@@ -183,6 +217,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         ctas=ctas,
         cluster_size=CLUSTER_SIZE,
         splits=splits,
+        up_first=config.parallel_residual and up_bytes >= UP_FIRST_BYTES,
         vector_warps=vector_warps,
         warps=warps,
         stages=stages,
@@ -228,6 +263,7 @@ def fixed_shared_bytes(
     down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
     attention = 3 * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
     bias_rows = sum(-(-rows // ctas) + 1 for rows in (3 * c.hidden_size, c.intermediate_size)) + 2 * out_rows
+    bias_rows += 3 + -(-c.intermediate_size // c.hidden_size)  # that up may have more
     # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
     rows = 4 * (out_rows * (2 + down_parts) + bias_rows) + 16 * warps
     return vectors + attention + rows + cache_stages * (cache_stage_bytes + BARRIER_BYTES) + 640
@@ -265,26 +301,24 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     """What a role of a CTA does in the fused launch, in order; VectorWarps::run and TileWarps::run in the program do the
     same."""
     c = plan.config
-    qkv, up, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.intermediate_size, c.hidden_size))
+    qkv, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.hidden_size))
     if role == "tiles":
-        expand = (Step("read", "up", up), Step("signal", "expanded"), Step("arrive", "hidden"))
+        expand = (Step("read", "up", plan.up_rows(cta)), Step("signal", "expanded"), Step("arrive", "hidden"))
+        project = (Step("read", "qkv", qkv), Step("publish", "qkv", qkv), Step("signal", "projected"))
+        down = (Step("await", "hidden"), Step("read", "down", out))
+        output = (Step("await", "attended"), Step("read", "o", out), Step("signal", "output_sums"))
         yield Step("await", "normed")
-        yield Step("read", "qkv", qkv)
-        yield Step("publish", "qkv", qkv)
-        yield Step("signal", "projected")
         if c.parallel_residual:
-            yield from expand
-        yield Step("await", "attended")
-        yield Step("read", "o", out)
-        if not c.parallel_residual:
-            yield Step("signal", "output_sums")
-            yield Step("await", "middle_normed")
-            yield from expand
-        yield Step("await", "hidden")
-        yield Step("read", "down", out)
-        yield Step("signal", "down_sums")
+            yield from (*expand, *project) if plan.up_first else (*project, *expand)
+            yield from (*down, *output)
+        else:
+            yield from (*project, *output, Step("await", "middle_normed"), *expand, *down)
+            yield Step("signal", "down_sums")
         return
+    hidden = (Step("wait", "hidden", target=plan.ctas), Step("await", "expanded"), Step("signal", "hidden"))
     yield Step("signal", "normed")
+    if plan.up_first:
+        yield from hidden
     if cta < c.num_heads * plan.splits:
         head = cta // plan.splits
         yield Step("wait", "qkv", range(head * 3 * c.head_dim, (head + 1) * 3 * c.head_dim))
@@ -293,18 +327,18 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield Step("wait", f"exchange of cluster {cta // plan.cluster_size}", target=plan.merged_ctas)
         if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
             yield Step("arrive", "attention")
+    if c.parallel_residual and not plan.up_first:
+        yield from hidden
     yield Step("wait", "attention", target=c.num_heads * plan.partials_per_head)
     yield Step("await", "projected")
     yield Step("signal", "attended")
+    yield Step("await", "output_sums")
     if not c.parallel_residual:
-        yield Step("await", "output_sums")
         yield Step("arrive", "middle")
         yield Step("wait", "middle", target=plan.ctas)
         yield Step("signal", "middle_normed")
-    yield Step("wait", "hidden", target=plan.ctas)
-    yield Step("await", "expanded")
-    yield Step("signal", "hidden")
-    yield Step("await", "down_sums")
+        yield from hidden
+        yield Step("await", "down_sums")
 
 
 def check_plan(plan: BlockPlan) -> None:
@@ -316,6 +350,7 @@ def check_plan(plan: BlockPlan) -> None:
     _check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
     _check(c.num_heads * plan.splits <= plan.ctas, "CTAs for every head", plan.splits)
     _check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one head", plan.splits)
+    _check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
     _check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
     _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
     _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)

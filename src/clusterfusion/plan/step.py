@@ -1,7 +1,7 @@
 """The schedule of a whole decode step in one launch, as data: every layer, the final norm, the LM head, the choice.
 
-It uses the plan of one decoder layer (plan/block.py) for all of them. CTA c of G owns rows [c R / G, (c + 1) R / G) of every
-matrix, the LM head included, and of the residual stream x. A CTA has two roles that go on side by side, each in its own
+It uses the plan of one decoder layer (plan/block.py) for all of them, its deal of rows to CTAs too: of every matrix, the LM
+head included, and of the residual stream x. A CTA has two roles that go on side by side, each in its own
 order: its tile warps multiply weights, its vector warps make what they are multiplied by. `step_schedule` says what a role
 does and in which order; the tile warps' reads, in the same order, are what the producer copies through the ring.
 plan/step_check.py proves it sound.
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from clusterfusion.plan.block import ELEMENT_BYTES, VECTOR, BlockPlan, Role
+from clusterfusion.plan.block import ELEMENT_BYTES, MATRICES, VECTOR, BlockPlan, Role
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
 
@@ -84,6 +84,15 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
     yield Action("load", "x", layer)
     yield Action("place", "normed", layer)  # and the layer's biases
     yield Action("signal", "normed", layer)
+    hidden = (
+        wait("hidden", plan.ctas),
+        Action("load", "h", layer),
+        Action("await", "expanded", layer),
+        Action("place", "hidden", layer),
+        Action("signal", "hidden", layer),
+    )
+    if plan.up_first:
+        yield from hidden
     if attends(plan, cta):
         yield Action("wait", "qkv", layer, head_rows(plan, cta))
         yield Action("load", "qkv", layer, head_rows(plan, cta))
@@ -93,51 +102,52 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
             yield wait("exchange", plan.merged_ctas)
         if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
             yield Action("arrive", "attention", layer)
+    if c.parallel_residual and not plan.up_first:
+        yield from hidden
     yield wait("attention", c.num_heads * plan.partials_per_head)
     yield Action("load", "partials", layer)
     yield Action("await", "projected", layer)
     yield Action("place", "attended", layer)
     yield Action("signal", "attended", layer)
+    yield Action("await", "output_sums", layer)
     if not c.parallel_residual:
-        yield Action("await", "output_sums", layer)
         yield Action("publish", "middle", layer, out)
         yield Action("wait", "middle", layer, range(c.hidden_size))
         yield Action("load", "middle", layer)
         yield Action("place", "middle_normed", layer)
         yield Action("signal", "middle_normed", layer)
-    yield wait("hidden", plan.ctas)
-    yield Action("load", "h", layer)
-    yield Action("await", "expanded", layer)
-    yield Action("place", "hidden", layer)
-    yield Action("signal", "hidden", layer)
-    yield Action("await", "down_sums", layer)
+        yield from hidden
+        yield Action("await", "down_sums", layer)
     yield Action("publish", "x", layer + 1, out)
 
 
 def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
     """A layer of the tile warps: TileWarps::run of the program."""
     c = plan.config
-    qkv, up, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.intermediate_size, c.hidden_size))
+    qkv, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.hidden_size))
     expand = (
-        Action("read", "up", layer, up),
+        Action("read", "up", layer, plan.up_rows(cta)),
         Action("signal", "expanded", layer),
         Action("arrive", "hidden", layer),
     )
+    project = (
+        Action("read", "qkv", layer, qkv),
+        Action("publish", "qkv", layer, qkv),
+        Action("signal", "projected", layer),
+    )
+    down = (Action("await", "hidden", layer), Action("read", "down", layer, out))
+    output = (
+        Action("await", "attended", layer),
+        Action("read", "o", layer, out),
+        Action("signal", "output_sums", layer),
+    )
     yield Action("await", "normed", layer)
-    yield Action("read", "qkv", layer, qkv)
-    yield Action("publish", "qkv", layer, qkv)
-    yield Action("signal", "projected", layer)
     if c.parallel_residual:
-        yield from expand
-    yield Action("await", "attended", layer)
-    yield Action("read", "o", layer, out)
-    if not c.parallel_residual:
-        yield Action("signal", "output_sums", layer)
-        yield Action("await", "middle_normed", layer)
-        yield from expand
-    yield Action("await", "hidden", layer)
-    yield Action("read", "down", layer, out)
-    yield Action("signal", "down_sums", layer)
+        yield from (*expand, *project) if plan.up_first else (*project, *expand)
+        yield from (*down, *output)
+    else:
+        yield from (*project, *output, Action("await", "middle_normed", layer), *expand, *down)
+        yield Action("signal", "down_sums", layer)
 
 
 def attends(plan: BlockPlan, cta: int) -> bool:
@@ -199,12 +209,11 @@ def producer_order(plan: BlockPlan, cta: int) -> Iterator[Tile]:
     """The tiles that a CTA's producer copies in one step, in order, never more than `plan.stages` ahead of their use.
     WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
     c = plan.config
-    up = ("up", c.intermediate_size)
-    matrices = [("qkv", 3 * c.hidden_size), ("o", c.hidden_size), ("down", c.hidden_size)]
-    matrices.insert(1 if c.parallel_residual else 2, up)
+    rows = {name: plan.rows(3 * c.hidden_size if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
+    rows["up"] = plan.up_rows(cta)
     for layer in range(c.num_layers):
-        for name, rows in matrices:
-            yield from tiles(plan, Action("read", name, layer, plan.rows(rows, cta)))
+        for name in MATRICES[plan.order]:
+            yield from tiles(plan, Action("read", name, layer, rows[name]))
     yield from tiles(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
 
 
@@ -218,13 +227,13 @@ def balance(plan: BlockPlan, position: int = 0) -> dict[str, float]:
     read = {name: [0] * plan.ctas for name in ("qkv", "kv", "up", "o", "down", "lm_head", "step")}
     for cta in range(plan.ctas):
         for name, rows, layers in (
-            ("qkv", 3 * c.hidden_size, c.num_layers),
-            ("up", c.intermediate_size, c.num_layers),
-            ("o", c.hidden_size, c.num_layers),
-            ("down", c.hidden_size, c.num_layers),
-            ("lm_head", c.vocab_size, 1),
+            ("qkv", plan.rows(3 * c.hidden_size, cta), c.num_layers),
+            ("up", plan.up_rows(cta), c.num_layers),
+            ("o", plan.rows(c.hidden_size, cta), c.num_layers),
+            ("down", plan.rows(c.hidden_size, cta), c.num_layers),
+            ("lm_head", plan.rows(c.vocab_size, cta), 1),
         ):
-            read[name][cta] = layers * len(plan.rows(rows, cta)) * columns(plan, name) * ELEMENT_BYTES
+            read[name][cta] = layers * len(rows) * columns(plan, name) * ELEMENT_BYTES
         token_bytes = 2 * c.head_dim * ELEMENT_BYTES
         read["kv"][cta] = c.num_layers * len(cached_tiles(plan, cta, position)) * plan.tile_tokens * token_bytes
         read["step"][cta] = sum(read[name][cta] for name in read if name != "step")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from clusterfusion.plan.block import BlockPlan
+from clusterfusion.plan.block import MATRICES, BlockPlan, Order
 
 Role = Literal["vectors", "tiles"]
 ROLES: tuple[Role, ...] = ("vectors", "tiles")
@@ -23,8 +23,16 @@ _VECTORS = (
     "down_wait down_begin down_ready sums_wait published"
 ).split()
 _TILES = (
-    "qkv_wait qkv_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done"
+    "project_wait project_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done "
+    "logits_done"
 ).split()
+_HIDDEN = ("down_wait", "down_begin", "down_ready")  # h, of the vectors
+_OF_MATRIX = {
+    "qkv": ("qkv_done",),
+    "up": ("up_done",),
+    "o": ("o_wait", "o_begin", "o_done"),
+    "down": ("down_tiles_wait", "down_tiles_begin", "down_tiles_done"),
+}
 TIMES = (*_VECTORS, *_TILES)  # clocks
 DATA_WAITED = "data_waited"  # a duration in clocks: what the tiles' first warp waited for data in this layer
 EVENTS = (*TIMES, DATA_WAITED)
@@ -42,13 +50,15 @@ def trace_words(plan: BlockPlan) -> int:
     return ctas * (parts * events + len(CLOCKS))
 
 
-def order(role: Role, parallel_residual: bool) -> tuple[str, ...]:
-    """A role's events as it passes them. With sequential residual the up projection comes after o."""
-    if role == "vectors" or parallel_residual:
-        return tuple(_VECTORS if role == "vectors" else _TILES)
-    events = [event for event in _TILES if event != "up_done"]
-    events.insert(events.index("o_done") + 1, "up_done")
-    return tuple(events)
+def passed(role: Role, order: Order) -> tuple[str, ...]:
+    """A role's events in the order in which it passes them, with the matrices in that order."""
+    if role == "tiles":
+        of_matrices = (event for name in MATRICES[order] for event in _OF_MATRIX[name])
+        return ("project_wait", "project_begin", *of_matrices, "logits_done")
+    events = [event for event in _VECTORS if event not in _HIDDEN]
+    before = {"up_first": "attention_wait", "qkv_first": "output_wait", "sequential": "sums_wait"}[order]
+    at = events.index(before)
+    return (*events[:at], *_HIDDEN, *events[at:])
 
 
 # -- what lies between events ------------------------------------------------------------------------------------------
@@ -67,19 +77,20 @@ class Phase(NamedTuple):
     end: str
 
 
-def phases(parallel_residual: bool) -> tuple[Phase, ...]:
+def phases(order: Order) -> tuple[Phase, ...]:
     """In the order of a layer, each role's for itself. What lies between two of them has no name."""
-    before_up = "qkv_done" if parallel_residual else "o_done"
+    before_qkv = "up_done" if order == "up_first" else "project_begin"
+    before_up = {"up_first": "project_begin", "qkv_first": "qkv_done", "sequential": "o_done"}[order]
     tiles = [
-        Phase("tiles", "wait", "residual", "qkv_wait", "qkv_begin"),  # until its own CTA has read and normed it
-        Phase("tiles", "stream", "qkv", "qkv_begin", "qkv_done"),
+        Phase("tiles", "wait", "residual", "project_wait", "project_begin"),  # until its CTA has read and normed it
+        Phase("tiles", "stream", "qkv", before_qkv, "qkv_done"),
         Phase("tiles", "stream", "up", before_up, "up_done"),
         Phase("tiles", "wait", "attention", "o_wait", "o_begin"),
         Phase("tiles", "stream", "o", "o_begin", "o_done"),
         Phase("tiles", "wait", "hidden", "down_tiles_wait", "down_tiles_begin"),
         Phase("tiles", "stream", "down", "down_tiles_begin", "down_tiles_done"),
+        Phase("tiles", "stream", "lm_head", "project_begin", "logits_done"),  # behind the last layer
     ]
-    events = order("tiles", parallel_residual)
     vectors = [
         Phase("vectors", "wait", "residual", "begin", "residual_read"),
         Phase("vectors", "work", "norm", "residual_read", "normed"),
@@ -93,12 +104,13 @@ def phases(parallel_residual: bool) -> tuple[Phase, ...]:
             "vectors", "work", "sums", "sums_wait", "published"
         ),  # until its own CTA's tiles are summed, and publishing
     ]
-    if not parallel_residual:  # the middle residual and its norm, which have no events of their own
-        vectors.insert(6, Phase("vectors", "work", "middle", "output_ready", "down_wait"))
-    return (*vectors, *sorted(tiles, key=lambda phase: events.index(phase.end)))
-
-
-LM_HEAD = "lm_head"  # what "qkv" is after the last layer
+    if order == "sequential":  # the middle residual and its norm have no events of their own
+        vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
+    return tuple(
+        phase
+        for role, of_role in (("vectors", vectors), ("tiles", tiles))
+        for phase in sorted(of_role, key=lambda phase: passed(role, order).index(phase.end))
+    )
 
 
 class Dependency(NamedTuple):

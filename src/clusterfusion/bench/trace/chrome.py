@@ -15,7 +15,7 @@ import numpy as np
 from clusterfusion.bench.trace.summary import part_name
 from clusterfusion.bench.trace.timeline import Timeline, Times
 from clusterfusion.errors import ArgumentError
-from clusterfusion.plan.trace import LM_HEAD, ROLES, Phase, Role
+from clusterfusion.plan.trace import ROLES, Phase, Role
 
 _PROCESS = {role: number for number, role in enumerate(ROLES, start=1)}
 
@@ -56,11 +56,11 @@ def _slices(timeline: Timeline, role: Role, ctas: Sequence[int]) -> Iterator[dic
     times = [(timeline.at(phase.begin), timeline.at(phase.end)) for phase in phases]
     for cta in ctas:
         for layer in range(timeline.layers + 1):
-            name = f"layer {layer}" if layer < timeline.layers else LM_HEAD
+            name = f"layer {layer}" if layer < timeline.layers else "lm_head"
             args = {"data_waited_us": _microseconds(timeline.data_waited[cta, layer])} if role == "tiles" else {}
             yield from _slice(role, cta, layer, name, "layer", (begins, ends), args)
             for phase, bounds in zip(phases, times, strict=True):
-                yield from _slice(role, cta, layer, _phase_name(phase, layer == timeline.layers), phase.kind, bounds)
+                yield from _slice(role, cta, layer, _phase_name(phase), phase.kind, bounds)
 
 
 def _slice(
@@ -85,10 +85,8 @@ def _name(kind: str, role: Role, cta: int, name: str) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": _PROCESS[role], "tid": cta, "args": {"name": name}}
 
 
-def _phase_name(phase: Phase, after_the_layers: bool) -> str:
-    if phase.kind != "stream":
-        return part_name(phase)
-    return LM_HEAD if after_the_layers and phase.name == "qkv" else phase.name
+def _phase_name(phase: Phase) -> str:
+    return phase.name if phase.kind == "stream" else part_name(phase)
 
 
 def _microseconds(nanoseconds: float) -> float:

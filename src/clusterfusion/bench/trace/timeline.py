@@ -17,6 +17,7 @@ from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import ArgumentError, ClusterFusionError
 from clusterfusion.plan import BlockPlan
 from clusterfusion.plan import trace as layout
+from clusterfusion.plan.block import Order
 from clusterfusion.plan.trace import Phase, Role
 
 Times = NDArray[np.float64]
@@ -31,6 +32,7 @@ class Timeline:
     """
 
     config: DecoderConfig
+    order: Order
     times: Times
     data_waited: Times
     start: Times
@@ -53,7 +55,7 @@ class Timeline:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return layout.phases(self.config.parallel_residual)
+        return layout.phases(self.order)
 
     def at(self, event: str) -> Times:
         """[CTAs, layers + 1]."""
@@ -67,7 +69,7 @@ class Timeline:
         """When a role began and ended each layer, [CTAs, layers + 1] each: from its first event to its first event of the
         next, and at last to the CTA's end. The part after the layers is NaN if the role has no event there; then its last
         layer ends with its last event."""
-        events = self.times[:, :, [layout.TIMES.index(event) for event in layout.order(role, True)]]
+        events = self.times[:, :, [layout.TIMES.index(event) for event in layout.passed(role, self.order)]]
         begin = np.fmin.reduce(events, axis=2)
         end = np.concatenate([begin[:, 1:], self.end[:, None]], axis=1)
         idle = np.isnan(begin[:, -1])
@@ -95,9 +97,8 @@ def read_record(words: NDArray[np.int64] | Sequence[int], plan: BlockPlan) -> Ti
     clock_at_start, ns_at_start, clock_at_end, ns_at_end = clocks.reshape(plan.ctas, len(layout.CLOCKS)).T
     _check_clocks(events, clock_at_start, ns_at_start, clock_at_end, ns_at_end)
     passed, data_waited = events[:, :, : len(layout.TIMES)], events[:, :, layout.EVENTS.index(layout.DATA_WAITED)]
-    parallel = plan.config.parallel_residual
     for role in layout.ROLES:
-        _check_order(passed, clock_at_start, role, parallel)
+        _check_order(passed, clock_at_start, role, plan.order)
 
     first = ns_at_start.min()
     clock_ns = (ns_at_end - ns_at_start) / (clock_at_end - clock_at_start)
@@ -110,6 +111,7 @@ def read_record(words: NDArray[np.int64] | Sequence[int], plan: BlockPlan) -> Ti
     )  # tiles may say that they are done after thread 0 has read the end's clock
     timeline = Timeline(
         config=plan.config,
+        order=plan.order,
         times=times,
         data_waited=data_waited * clock_ns[:, None],
         start=start,
@@ -142,9 +144,9 @@ def _check_clocks(
         )
 
 
-def _check_order(passed: NDArray[np.int64], clock_at_start: NDArray[np.int64], role: Role, parallel: bool) -> None:
+def _check_order(passed: NDArray[np.int64], clock_at_start: NDArray[np.int64], role: Role, order: Order) -> None:
     """Each layer has an event of the role, the part after the layers maybe; none comes before one that it follows."""
-    names = layout.order(role, parallel)
+    names = layout.passed(role, order)
     ctas, parts, _ = passed.shape
     of_role = passed[:, :, [layout.TIMES.index(name) for name in names]]
     silent = ~of_role[:, :-1].any(axis=2)

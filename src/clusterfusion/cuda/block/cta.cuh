@@ -17,10 +17,10 @@ namespace clusterfusion {
 __host__ __device__ constexpr int align16(int bytes) { return (bytes + 15) / 16 * 16; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Once a layer, in this order as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the
-// normed input, the attention's output, the normed middle, h. Tile warps signal that they have done with one: that q, k, v are
-// projected, so that the attention's output may take x1's place; the sums of the output projection; that up is, so that h may
-// take x2's place; the sums of the down projection.
+// Once a layer, as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the normed input, the
+// attention's output, the normed middle, h. Tile warps signal that they have done with one: that q, k, v are projected, so that
+// the attention's output may take x1's place; that up is, so that h may take x2's place; the sums of the output projection, with
+// parallel residual those of the down projection too, otherwise these for themselves.
 enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kSignals };
 __host__ __device__ constexpr bool from_tiles(int signal) {
   return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums;
@@ -32,7 +32,7 @@ struct CtaTypes {
   using Share = CtaShare<S>;
   static constexpr int kPartial = kPartialFloats<S::kHeadDim>;
   static constexpr int kVectorBytes = S::kHidden * 4;
-  static constexpr int kQkvRows = Share::most_rows(S::kQkvRows), kUpRows = Share::most_rows(S::kIntermediate);
+  static constexpr int kQkvRows = Share::most_rows(S::kQkvRows), kUpRows = Share::kMostUpRows;
   static constexpr int kOutRows = Share::most_rows(S::kHidden);
   // Where each matrix's biases start.
   static constexpr int kUpBias = kQkvRows, kOutBias = kUpBias + kUpRows, kDownBias = kOutBias + kOutRows;

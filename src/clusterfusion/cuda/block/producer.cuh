@@ -20,23 +20,29 @@ class WeightProducer : public CtaShare<S> {
   template <Segment kSegment>
   __device__ void run(const LayerTensors& w) {
     if constexpr (runs<kSegment>(Segment::project)) {
+      if constexpr (S::kUpFirst) up(w);
       rows<HiddenTiles>(w.qkv_weight, S::kQkvRows);
-      if constexpr (S::kParallel) rows<HiddenTiles>(w.up_weight, S::kIntermediate);
+      if constexpr (S::kParallel && !S::kUpFirst) up(w);
     }
+    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) rows<DownTiles>(w.down_weight, S::kHidden);
     if constexpr (runs<kSegment>(Segment::output)) rows<HiddenTiles>(w.o_weight, S::kHidden);
-    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) rows<HiddenTiles>(w.up_weight, S::kIntermediate);
-    if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
-      rows<DownTiles>(w.down_weight, S::kHidden);
-    }
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
   }
 
   __device__ void vocabulary(const void* lm_head, int vocabulary_rows) { rows<HiddenTiles>(lm_head, vocabulary_rows); }
 
  private:
+  __device__ void up(const LayerTensors& w) { between<HiddenTiles>(w.up_weight, this->up_from(), this->up_to()); }
+
   // This CTA's rows of a matrix of `all_rows`.
   template <typename Tiles>
   __device__ void rows(const void* matrix, int all_rows) {
-    const int from = this->rows_from(all_rows), to = this->rows_to(all_rows);
+    between<Tiles>(matrix, this->rows_from(all_rows), this->rows_to(all_rows));
+  }
+
+  template <typename Tiles>
+  __device__ void between(const void* matrix, int from, int to) {
     const char* source = static_cast<const char*>(matrix) + static_cast<cuda::std::int64_t>(from) * Tiles::kRowBytes;
     if constexpr (Tiles::kParts == 1) {
       for (int row = from; row < to; row += Tiles::kRows) {

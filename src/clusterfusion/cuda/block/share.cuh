@@ -68,10 +68,11 @@ constexpr int kErrorClaim = 4, kErrorWords = 5;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.
 enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
 
-// The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows; head h is
-// attended by CTAs [h * kSplits, (h + 1) * kSplits), cached tiles dealt out in turn.
+// The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
+// projection's, which even out what that leaves uneven (up_row); head h is attended by CTAs [h * kSplits, (h + 1) * kSplits),
+// cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kHeadDim_, int kRotary_, Gelu kGelu_,
-          bool kParallel_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_,
+          bool kParallel_, bool kUpFirst_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_,
           int kStageBytes_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
@@ -83,7 +84,8 @@ struct BlockShape {
   static constexpr int kTileTokens = kTileTokens_, kCacheStages = kCacheStages_, kCacheStageBytes = kCacheStageBytes_;
   static constexpr int kSharedBytes = kSharedBytes_;
   static constexpr Gelu kGelu = kGelu_;
-  static constexpr bool kParallel = kParallel_;
+  static constexpr bool kParallel = kParallel_, kUpFirst = kUpFirst_;
+  static_assert(kParallel || !kUpFirst, "sequential residual goes to the up projection by way of o");
   // Warps by their role, in this order: vectors, tiles, and one that fetches weights.
   static constexpr int kVectorThreads = kVectorWarps * kWarpSize, kTileThreads = kWarps * kWarpSize;
   static constexpr int kConsumers = kVectorThreads + kTileThreads, kThreads = kConsumers + kWarpSize;
@@ -97,6 +99,18 @@ struct BlockShape {
 template <int kCtas>
 __device__ __forceinline__ int first_row(int rows, int cta) {
   return static_cast<int>(static_cast<long long>(rows) * cta / kCtas);
+}
+
+// The first row of the up projection that CTA `cta` owns: all that the CTAs before it read of a layer is then their share of it,
+// to within a row. Where a CTA has too few rows of it to make up for a row of every other matrix, it is dealt out as they are.
+template <typename S>
+__device__ __forceinline__ int up_row(int cta) {
+  constexpr long long kOut = S::kHidden + S::kIntermediate;  // elements of a row of o and one of down
+  constexpr long long kLayer = S::kHidden * (S::kQkvRows + S::kIntermediate + kOut);
+  if constexpr (S::kIntermediate < (kOut / S::kHidden + 3) * S::kCtas) return first_row<S::kCtas>(S::kIntermediate, cta);
+  const long long others = static_cast<long long>(first_row<S::kCtas>(S::kQkvRows, cta)) * S::kHidden +
+                           first_row<S::kCtas>(S::kHidden, cta) * kOut;
+  return static_cast<int>((kLayer * cta / S::kCtas - others) / S::kHidden);
 }
 
 template <Gelu kGelu>
@@ -142,14 +156,17 @@ class CtaShare {
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kCacheStageBytes>;
   using WeightRing = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
   using CacheStages = OwnStages<S::kCacheStages, S::kCacheStageBytes, S::kVectorWarps>;
-  // The most rows that a CTA can have of a matrix.
+  // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
+  static constexpr int kMostUpRows = most_rows(S::kIntermediate) + 3 + (S::kIntermediate + S::kHidden - 1) / S::kHidden;
 
   __device__ explicit CtaShare(int position) : cta_(blockIdx.x), position_(position) {}
 
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
+  __device__ int up_from() const { return up_row<S>(cta_); }
+  __device__ int up_to() const { return up_row<S>(cta_ + 1); }
   __device__ bool attends() const { return cta_ < S::kHeads * S::kSplits; }
   __device__ int head() const { return cta_ / S::kSplits; }
   __device__ int split() const { return cta_ % S::kSplits; }

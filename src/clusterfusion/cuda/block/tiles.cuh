@@ -37,9 +37,10 @@ class TileWarps : public CtaState<S> {
     const SplitVector x1 = split_vector<S>(s_.vectors, 0);
     const int out_rows = rows_to(S::kHidden) - rows_from(S::kHidden);
     if constexpr (runs<kSegment>(Segment::project)) {
-      trace_.mark(TraceEvent::qkv_wait);
+      trace_.mark(TraceEvent::project_wait);
       this->await(kNormed, layer);
-      trace_.mark(TraceEvent::qkv_begin);
+      trace_.mark(TraceEvent::project_begin);
+      if constexpr (S::kUpFirst) up<kWhole, kFaultCta>();
       const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
       gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) {
         const float biased = value + s_.biases[row];
@@ -51,27 +52,24 @@ class TileWarps : public CtaState<S> {
       });
       this->signal(kProjected);
       trace_.mark(TraceEvent::qkv_done);
-      if constexpr (S::kParallel) up<kWhole, kFaultCta>();
+      if constexpr (S::kParallel && !S::kUpFirst) up<kWhole, kFaultCta>();
     }
+    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down(out_rows, layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
       this->await(kAttended, layer);
       trace_.mark(TraceEvent::o_begin);
       gemv_parts<HiddenTiles>(out_rows, x1, s_.o_sums);
-      if constexpr (!S::kParallel) this->signal(kOutputSums);
+      this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
       this->await(kMiddleNormed, layer);
       up<kWhole, kFaultCta>();
     }
-    if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
-      trace_.mark(TraceEvent::down_tiles_wait);
-      this->await(kHidden, layer);
-      trace_.mark(TraceEvent::down_tiles_begin);
-      gemv_parts<DownTiles>(out_rows, PackedVector<W>{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)}, s_.down_sums);
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
+      down(out_rows, layer);
       this->signal(kDownSums);
-      trace_.mark(TraceEvent::down_tiles_done);
     }
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
@@ -79,12 +77,12 @@ class TileWarps : public CtaState<S> {
   // The LM head: calls out(index, logit) on one lane for each of this CTA's rows of the vocabulary.
   template <typename Out>
   __device__ void vocabulary(int vocabulary_rows, int layer, Out out) {
-    trace_.mark(TraceEvent::qkv_wait);
+    trace_.mark(TraceEvent::project_wait);
     this->await(kNormed, layer);
-    trace_.mark(TraceEvent::qkv_begin);
+    trace_.mark(TraceEvent::project_begin);
     const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), [&](int row, float value) { out(first + row, value); });
-    trace_.mark(TraceEvent::qkv_done);
+    trace_.mark(TraceEvent::logits_done);
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
 
@@ -93,13 +91,21 @@ class TileWarps : public CtaState<S> {
  private:
   template <bool kWhole, int kFaultCta>
   __device__ void up() {
-    const int first = rows_from(S::kIntermediate), rows = rows_to(S::kIntermediate) - first;
+    const int first = this->up_from(), rows = this->up_to() - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 1), [&](int row, float value) {
       static_cast<W*>(u_.h)[first + row] = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
     });
     this->signal(kExpanded);
     if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
     trace_.mark(TraceEvent::up_done);
+  }
+
+  __device__ void down(int rows, int layer) {
+    trace_.mark(TraceEvent::down_tiles_wait);
+    this->await(kHidden, layer);
+    trace_.mark(TraceEvent::down_tiles_begin);
+    gemv_parts<DownTiles>(rows, PackedVector<W>{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)}, s_.down_sums);
+    trace_.mark(TraceEvent::down_tiles_done);
   }
 
   // The last tile warp of the CTA to come here arrives for the CTA. Its warps meet before any of them comes here again.

@@ -7,7 +7,8 @@ namespace clusterfusion {
 enum class TraceEvent {
   begin, residual_read, normed, attention_wait, attention_begin, attention_done, output_wait, output_begin, output_ready,
   down_wait, down_begin, down_ready, sums_wait, published,
-  qkv_wait, qkv_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
+  project_wait, project_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
+  logits_done,
   data_waited, count
 };
 constexpr int kTraceEvents = static_cast<int>(TraceEvent::count);

@@ -72,6 +72,8 @@ class VectorWarps : public Attention<S> {
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
     }
+    // With parallel residual h comes as soon as the tile warps want it.
+    if constexpr (S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole>(targets, layer);
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
         trace_.mark(TraceEvent::attention_wait);
@@ -81,6 +83,7 @@ class VectorWarps : public Attention<S> {
         trace_.mark(TraceEvent::attention_done);
       }
     }
+    if constexpr (S::kParallel && !S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole>(targets, layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::output_wait);
       if constexpr (kWhole) this->wait(kAttentionDone, targets.all_heads, kOnAttention);
@@ -89,45 +92,37 @@ class VectorWarps : public Attention<S> {
       this->signal(kAttended);
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
-    }
-    if constexpr (!S::kParallel) {
-      if constexpr (runs<kSegment>(Segment::output)) {
-        this->await(kOutputSums, layer);
-        for (int row = thread_; row < out_rows; row += kThreads) {
-          residual.write_middle(row, out_first + row, residual.input_row(row, out_first + row) + attention_row(row));
+      if constexpr (S::kParallel) trace_.mark(TraceEvent::sums_wait);
+      this->await(kOutputSums, layer);
+      for (int row = thread_; row < out_rows; row += kThreads) {
+        const int index = out_first + row;
+        const float value = residual.input_row(row, index) + output_row(row);
+        if constexpr (S::kParallel) {
+          residual.write_output(row, index, value + down_row(row));
+        } else {
+          residual.write_middle(row, index, value);
         }
+      }
+      if constexpr (S::kParallel) {
+        trace_.mark(TraceEvent::published);
+      } else {
         residual.middle_done(*this);
       }
-      if constexpr (runs<kSegment>(Segment::expand)) {
-        normalise<false>(
-            [&](int n) { return n == 0 ? w.now().norm2_weight : w.now().norm2_bias; },
-            [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
-            [&] { if constexpr (!kWhole) store_biases(biases); }, 1);
-        this->signal(kMiddleNormed);
-      }
     }
-    if constexpr (S::kParallel ? runs<kSegment>(Segment::output) : runs<kSegment>(Segment::contract)) {
-      trace_.mark(TraceEvent::down_wait);
-      if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas, kOnHidden);
-      trace_.mark(TraceEvent::down_begin);
-      load_hidden<kWhole>(layer);
-      this->signal(kHidden);
-      trace_.mark(TraceEvent::down_ready);
-      if constexpr (!S::kParallel && !kWhole) store_biases(biases), block_sync();
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
+      normalise<false>(
+          [&](int n) { return n == 0 ? w.now().norm2_weight : w.now().norm2_bias; },
+          [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
+          [&] { if constexpr (!kWhole) store_biases(biases); }, 1);
+      this->signal(kMiddleNormed);
+    }
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
+      bring_hidden<kWhole>(targets, layer);
+      if constexpr (!kWhole) store_biases(biases), block_sync();
       trace_.mark(TraceEvent::sums_wait);
       this->await(kDownSums, layer);
       for (int row = thread_; row < out_rows; row += kThreads) {
-        const int index = out_first + row;
-        float value;
-        if constexpr (S::kParallel) {
-          value = residual.input_row(row, index) + attention_row(row);
-        } else {
-          value = residual.middle_row(row, index);
-        }
-        float mlp = s_.biases[kDownBias + row];
-#pragma unroll
-        for (int part = 0; part < DownTiles::kParts; part++) mlp += s_.down_sums[row * DownTiles::kParts + part];
-        residual.write_output(row, index, value + mlp);
+        residual.write_output(row, out_first + row, residual.middle_row(row, out_first + row) + down_row(row));
       }
       trace_.mark(TraceEvent::published);
     }
@@ -149,16 +144,15 @@ class VectorWarps : public Attention<S> {
 #pragma unroll
     for (int i = 0; i < kBiasItems; i++) {
       const int at = i * kThreads + thread_;
-      biases[i] = at < kUpBias     ? bias(w.now().qkv_bias, S::kQkvRows, at)
-                  : at < kOutBias  ? bias(w.now().up_bias, S::kIntermediate, at - kUpBias)
-                  : at < kDownBias ? bias(w.now().o_bias, S::kHidden, at - kOutBias)
-                  : at < kBiases   ? bias(w.now().down_bias, S::kHidden, at - kDownBias)
+      biases[i] = at < kUpBias     ? bias(w.now().qkv_bias, rows_from(S::kQkvRows) + at, rows_to(S::kQkvRows))
+                  : at < kOutBias  ? bias(w.now().up_bias, this->up_from() + at - kUpBias, this->up_to())
+                  : at < kDownBias ? bias(w.now().o_bias, rows_from(S::kHidden) + at - kOutBias, rows_to(S::kHidden))
+                  : at < kBiases   ? bias(w.now().down_bias, rows_from(S::kHidden) + at - kDownBias, rows_to(S::kHidden))
                                    : 0.0f;
     }
   }
-  __device__ float bias(const void* vector, int all_rows, int row) const {
-    const int index = rows_from(all_rows) + row;
-    return index < rows_to(all_rows) ? load_or_zero<W>(vector, index) : 0.0f;
+  static __device__ float bias(const void* vector, int row, int end) {
+    return row < end ? load_or_zero<W>(vector, row) : 0.0f;
   }
   __device__ void store_biases(const float (&biases)[kBiasItems]) {
 #pragma unroll
@@ -197,6 +191,16 @@ class VectorWarps : public Attention<S> {
       if constexpr (kBoth) split_vector<S>(s_.vectors, 1).quad(quad) = normed(at, t, norm[i][2], norm[i][3]);
     });
     stage();
+  }
+
+  template <bool kWhole>
+  __device__ void bring_hidden(const LayerTargets& targets, int layer) {
+    trace_.mark(TraceEvent::down_wait);
+    if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas, kOnHidden);
+    trace_.mark(TraceEvent::down_begin);
+    load_hidden<kWhole>(layer);
+    this->signal(kHidden);
+    trace_.mark(TraceEvent::down_ready);
   }
 
   // h of all CTAs into shared memory, when the tile warps have done with what is there.
@@ -251,10 +255,13 @@ class VectorWarps : public Attention<S> {
     return make_float4(y[0], y[1], y[2], y[3]);
   }
 
-  __device__ float attention_row(int row) const {
-    float value = s_.biases[kOutBias + row];
+  // A row of the output projection, and of the down projection, with its bias.
+  __device__ float output_row(int row) const { return folded<HiddenTiles>(s_.biases[kOutBias + row], s_.o_sums, row); }
+  __device__ float down_row(int row) const { return folded<DownTiles>(s_.biases[kDownBias + row], s_.down_sums, row); }
+  template <typename Tiles>
+  static __device__ float folded(float value, const float* sums, int row) {
 #pragma unroll
-    for (int part = 0; part < HiddenTiles::kParts; part++) value += s_.o_sums[row * HiddenTiles::kParts + part];
+    for (int part = 0; part < Tiles::kParts; part++) value += sums[row * Tiles::kParts + part];
     return value;
   }
 
