@@ -22,7 +22,7 @@ RotaryScaling = Literal["none", "linear", "llama3"]
 
 @dataclasses.dataclass(frozen=True)
 class RotaryConfig:
-    """Rotary position embedding (Su et al. 2021), pairing dimension i with i + dim/2.
+    """Rotary position embedding (Su et al. 2021), pairing dimension i with i + dim/2, or with `neighbours` 2i with 2i + 1.
 
     `nominal_dim` is `int(head_dim * rotary_pct)`; frequencies are `theta ** (-2i / nominal_dim)`. `dim` dimensions
     rotate: `nominal_dim` rounded up to even, which is what transformers does with an odd one. The rest pass through.
@@ -37,6 +37,7 @@ class RotaryConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    neighbours: bool = False
 
     @property
     def dim(self) -> int:

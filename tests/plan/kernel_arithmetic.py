@@ -7,7 +7,7 @@ that of the arithmetic: float32 as in the kernels, or float64 for the same order
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,19 +59,7 @@ def gemv(weights: Array, x: Array, parts: Sequence[int]) -> Array:
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float, warps: int) -> Array:
     """VectorWarps::normalise over the threads of so many vector warps, thread t holding elements 4 t to 4 t + 3 and so on."""
     hidden, threads, dtype = len(x), warps * WARP, x.dtype.type
-    items = -(-hidden // (4 * threads))
-
-    def deal(vector: Array) -> Array:  # [items * 4, threads]
-        padded = np.pad(vector, (0, items * threads * 4 - hidden))
-        return padded.reshape(items, threads, 4).transpose(0, 2, 1).reshape(items * 4, threads)
-
-    def block_sum(of_thread: Array) -> Array:
-        total, *others = butterfly(of_thread.reshape(warps, WARP))
-        for warp in others:
-            total = total + warp
-        return total
-
-    held = deal(np.ones(hidden, bool))
+    held, deal, block_sum = _dealt(hidden, warps)
     values = deal(x)
     inverse = dtype(1) / dtype(hidden)
     total = np.zeros(threads, x.dtype)
@@ -89,6 +77,37 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float, warps: int) -> 
     return undeal(fma(fma(values, scales, shifts), deal(weight), deal(bias)), hidden)
 
 
+def rms_norm(x: Array, weight: Array, eps: float, warps: int) -> Array:
+    """The same with RMSNorm."""
+    hidden, dtype = len(x), x.dtype.type
+    _, deal, block_sum = _dealt(hidden, warps)
+    values = deal(x)
+    squares = np.zeros(warps * WARP, x.dtype)
+    for row in values:
+        squares = fma(row, row, squares)
+    mean = block_sum(squares) * (dtype(1) / dtype(hidden))
+    scale = dtype(1 / math.sqrt(float(mean) + eps)) if mean == mean else dtype(math.nan)
+    return undeal(values * scale * deal(weight), hidden)
+
+
+def _dealt(hidden: int, warps: int) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:
+    """Which elements of [items * 4, threads] there are; what deals a vector out so; and the sum over all threads."""
+    threads = warps * WARP
+    items = -(-hidden // (4 * threads))
+
+    def deal(vector: Array) -> Array:
+        padded = np.pad(vector, (0, items * threads * 4 - hidden))
+        return padded.reshape(items, threads, 4).transpose(0, 2, 1).reshape(items * 4, threads)
+
+    def block_sum(of_thread: Array) -> Array:
+        total, *others = butterfly(of_thread.reshape(warps, WARP))
+        for warp in others:
+            total = total + warp
+        return total
+
+    return deal(np.ones(hidden, bool)), deal, block_sum
+
+
 def undeal(values: Array, hidden: int) -> Array:
     quads, threads = len(values) // 4, values.shape[1]
     return values.reshape(quads, 4, threads).transpose(0, 2, 1).reshape(-1)[:hidden]
@@ -101,6 +120,11 @@ def gelu(x: Array, tanh: bool) -> Array:
         return (0.5 * wide * (1 + np.tanh(inner))).astype(x.dtype)
     erf = np.array([math.erf(value) for value in wide * math.sqrt(0.5)], np.float64)
     return (0.5 * wide * (1 + erf)).astype(x.dtype)
+
+
+def silu(x: Array) -> Array:
+    wide = x.astype(np.float64)
+    return (wide / (1 + np.exp(-wide))).astype(x.dtype)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -147,11 +171,49 @@ class AttentionWarp:
             self.sums[group] += weights[token]
             self.values[group] = fma(weights[token], values.reshape(split)[token], self.values[group])
 
-    def partial(self) -> Array:
+    def partials(self) -> Array:
+        """[1, head_dim + 2]."""
         total, values = self.sums.dtype.type(0), np.zeros_like(self.values[0])
         for group in range(self.together):
             total, values = total + self.sums[group], values + self.values[group]
-        return np.concatenate((values.reshape(-1), [self.maximum, total])).astype(self.sums.dtype)
+        return np.concatenate((values.reshape(-1), [self.maximum, total])).astype(self.sums.dtype)[None]
+
+
+class GroupedAttentionWarp:
+    """The same of several query heads [queries, head_dim] over the same keys and values: all are merged as single ones are."""
+
+    def __init__(self, queries: Array) -> None:
+        count, size = queries.shape
+        self.queries = queries.reshape(count, size // VECTOR, VECTOR)
+        self.head_lanes = WARP // max(2, 1 << (count - 1).bit_length())
+        self.maximum = np.full(count, -math.inf, queries.dtype)
+        self.sums = np.zeros((count, self.head_lanes), queries.dtype)
+        self.values = np.zeros((count, size), queries.dtype)
+
+    def add_tile(self, keys: Array, values: Array) -> None:
+        split = keys.reshape(len(keys), -1, VECTOR)
+        for q, query in enumerate(self.queries):
+            dots = np.zeros(split.shape[:2], keys.dtype)
+            for i in range(VECTOR):
+                dots = fma(np.broadcast_to(query[:, i], split.shape[:2]), split[:, :, i], dots)
+            scores = group_sum(dots)
+            maximum = np.maximum(self.maximum[q], scores.max())
+            keep = exp2(self.maximum[q] - maximum)
+            self.maximum[q] = maximum
+            self.sums[q] *= keep
+            self.values[q] *= keep
+            weights = exp2(scores - maximum)
+            for token, weight in enumerate(weights):
+                self.sums[q, token % self.head_lanes] += weight
+                self.values[q] = fma(np.broadcast_to(weight, values.shape[1:]), values[token], self.values[q])
+
+    def partials(self) -> Array:
+        """[queries, head_dim + 2]."""
+        sums = self.sums
+        while sums.shape[1] > 1:  # a butterfly over a head's lanes
+            half = sums.shape[1] // 2
+            sums = sums[:, :half] + sums[:, half:]
+        return np.concatenate((self.values, self.maximum[:, None], sums), axis=1).astype(self.values.dtype)
 
 
 def merge(partials: Array) -> Array:

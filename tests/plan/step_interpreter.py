@@ -61,7 +61,7 @@ class Memory:
 class StepInterpreter:
     """A step of one model at one position, ready to be run in any order of its CTAs.
 
-    `cache` is not written; keys and values of the new token are in `new_keys` and `new_values` [layers, heads, head_dim]
+    `cache` is not written; keys and values of the new token are in `new_keys` and `new_values` [layers, kv_heads, head_dim]
     after a run. `dtype` is that of the arithmetic; weights, h, keys and values are rounded to the weights' own.
     """
 
@@ -89,13 +89,13 @@ class StepInterpreter:
         self.counters: collections.Counter[tuple[str, int]] = collections.Counter()
         self.memory = memory = Memory(self.dtype)
         memory.allocate("x", c.hidden_size, buffers=step.X_BUFFERS)
-        memory.allocate("qkv", 3 * c.hidden_size)
+        memory.allocate("qkv", c.q_size + 2 * c.kv_size)
         memory.allocate("h", c.intermediate_size)
         memory.allocate("partials", c.num_heads * plan.partials_per_head, c.head_dim + 2)
         memory.allocate("logits", c.vocab_size)
         for cluster in range(plan.ctas // plan.cluster_size):
-            memory.allocate(f"inbox {cluster}", plan.cluster_size, c.head_dim + 2)
-        self.new_keys = np.full((c.num_layers, c.num_heads, c.head_dim), np.nan, self.dtype)
+            memory.allocate(f"inbox {cluster}", plan.cluster_size, plan.queries, c.head_dim + 2)
+        self.new_keys = np.full((c.num_layers, c.num_kv_heads, c.head_dim), np.nan, self.dtype)
         self.new_values = self.new_keys.copy()
         self.chosen: int | None = None
 
@@ -118,6 +118,19 @@ class StepInterpreter:
         """Values as the weights' dtype holds them."""
         return self.array(torch.from_numpy(values).to(self.weights.dtype))
 
+    def projection(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [rows, hidden] and bias of q, k and v: K/V head by K/V head the queries that share it, its key, its value."""
+        weights, kv_heads = self.weights.layers[layer], self.config.num_kv_heads
+
+        def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q = q.unflatten(0, (kv_heads, -1)).flatten(1, 2)  # [kv_heads, rows, ...]
+            return torch.cat((q, k, v), dim=1).flatten(0, 1)
+
+        weight = joined(weights.q_weight, weights.k_weight, weights.v_weight)
+        if weights.q_bias is None or weights.k_bias is None or weights.v_bias is None:
+            return weight, None
+        return weight, joined(weights.q_bias, weights.k_bias, weights.v_bias)
+
     def rows(self, matrix: torch.Tensor, rows: range) -> Array:
         return self.array(matrix[rows.start : rows.stop])
 
@@ -139,6 +152,7 @@ class Actor:
         cta = self.cta
         do = {
             "read": cta.read,
+            "finish": cta.finish,
             "publish": cta.publish,
             "arrive": cta.arrive,
             "load": cta.load,
@@ -161,7 +175,9 @@ class Cta:
     def __init__(self, step_: StepInterpreter, cta: int) -> None:
         self.s, self.cta = step_, cta
         self.plan, self.config = step_.plan, step_.config
-        self.head, self.split = divmod(cta, step_.plan.splits)
+        self.bundle, self.split = divmod(cta, step_.plan.splits)
+        self.heads = range(self.bundle * self.plan.queries, (self.bundle + 1) * self.plan.queries)
+        self.kv_head = self.plan.kv_head(cta)
         self.cluster, self.rank = divmod(cta, step_.plan.cluster_size)
         self.rounds: collections.Counter[str] = collections.Counter()  # of every signal, completed
         self.shared: dict[str, tuple[tuple[str, int], Array]] = {}  # places: what is there
@@ -194,9 +210,9 @@ class Cta:
         found, values = self.shared.get(place, (None, np.empty(0)))
         if found == (content, layer):
             return values
-        if place == "x2" and content == "hidden":
-            return np.full(self.config.intermediate_size, np.nan, self.s.dtype)
-        return np.full(self.config.hidden_size if place in ("x1", "x2") else 1, np.nan, self.s.dtype)
+        sizes = {"hidden": self.config.intermediate_size, "attended": self.config.q_size}
+        size = sizes.get(content, self.config.hidden_size)
+        return np.full(size if place in ("x1", "x2") else 1, np.nan, self.s.dtype)
 
     def load(self, action: Action) -> None:
         memory, layer = self.s.memory, action.layer
@@ -204,6 +220,8 @@ class Cta:
             values = self.x(action.name, layer)
         elif action.name == "qkv":
             values = memory.read("qkv", layer, action.rows)
+            if action.rows != self.plan.attended_rows(self.cta)[0]:  # the queries are there already
+                values = np.concatenate((self.loaded["qkv"], values))
         elif action.name == "partials":
             values = self.attention(layer)
         else:
@@ -221,16 +239,13 @@ class Cta:
             self.put("x2", name, layer, self.loaded["h"])
         elif name == "middle_normed":
             weights = self.s.weights.layers[layer]
-            assert weights.post_norm_bias is not None
             normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
             self.put("x2", name, layer, normed)
         elif layer == self.config.num_layers:
             w = self.s.weights
-            assert w.final_norm_bias is not None
             self.put("x1", name, layer, self.norm("x", w.final_norm_weight, w.final_norm_bias))
         else:
             weights = self.s.weights.layers[layer]
-            assert weights.input_norm_bias is not None and weights.post_norm_bias is not None
             self.put("x1", name, layer, self.norm("x", weights.input_norm_weight, weights.input_norm_bias))
             if self.config.parallel_residual:
                 self.put("x2", name, layer, self.norm("x", weights.post_norm_weight, weights.post_norm_bias))
@@ -249,16 +264,19 @@ class Cta:
             s.memory.write("logits", rows, layer, kernel.gemv(s.rows(s.weights.lm_head, rows), x, parts)[:, 0])
             return
         weights = s.weights.layers[layer]
-        assert weights.qkv_weight is not None
         if action.name == "qkv":
             x = self.find("x1", "normed", layer)
-            value = kernel.gemv(s.rows(weights.qkv_weight, rows), x, parts)[:, 0]
-            self.qkv = value + self.bias(weights.qkv_bias, layer, rows)
+            weight, bias = s.projection(layer)
+            value = kernel.gemv(s.rows(weight, rows), x, parts)[:, 0]
+            self.qkv = value + self.bias(bias, layer, rows)
         elif action.name == "up":
             x = self.find("x2", "normed" if self.config.parallel_residual else "middle_normed", layer)
             value = kernel.gemv(s.rows(weights.up_weight, rows), x, parts)[:, 0]
-            value = value + self.bias(weights.up_bias, layer, rows)
-            h = kernel.gelu(value, tanh=self.config.activation == "gelu_tanh")
+            if weights.gate_weight is not None:
+                gate = kernel.gemv(s.rows(weights.gate_weight, rows), x, parts)[:, 0]
+                self.put("up_sums", "up", layer, np.stack((gate, value)))
+                return
+            h = self.activation(value + self.bias(weights.up_bias, layer, rows))
             s.memory.write("h", rows, layer, s.rounded(h))
         elif action.name == "o":
             x = self.find("x1", "attended", layer)
@@ -267,6 +285,20 @@ class Cta:
             assert action.name == "down"
             x = self.find("x2", "hidden", layer)
             self.put("down_sums", "down", layer, kernel.gemv(s.rows(weights.down_weight, rows), x, parts))
+
+    def finish(self, action: Action) -> None:
+        """The CTA's rows of h, of the sums of its gates and of up."""
+        layer, rows = action.layer, action.rows
+        weights = self.s.weights.layers[layer]
+        sums = np.broadcast_to(self.find("up_sums", "up", layer), (2, len(rows)))
+        gate = self.activation(sums[0] + self.bias(weights.gate_bias, layer, rows))
+        self.s.memory.write(
+            "h", rows, layer, self.s.rounded(gate * (sums[1] + self.bias(weights.up_bias, layer, rows)))
+        )
+
+    def activation(self, x: Array) -> Array:
+        name = self.config.activation
+        return kernel.silu(x) if name == "silu" else kernel.gelu(x, tanh=name == "gelu_tanh")
 
     def bias(self, vector: torch.Tensor | None, layer: int, rows: range) -> Array:
         return self.s.bias(vector, rows) + self.find("biases", "biases", layer)
@@ -278,36 +310,45 @@ class Cta:
             return self.s.array(self.s.weights.embedding[self.s.token])
         return self.s.memory.read(stream, version)
 
-    def norm(self, of: str, weight: torch.Tensor, bias: torch.Tensor) -> Array:
+    def norm(self, of: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Array:
         """A vector that has been loaded, normed. The two norms of parallel residual share one load."""
-        w, b, eps = self.s.array(weight), self.s.array(bias), self.config.norm_eps
-        return kernel.layer_norm(self.loaded[of], w, b, eps, self.plan.vector_warps)
+        w, eps, warps = self.s.array(weight), self.config.norm_eps, self.plan.vector_warps
+        if self.config.norm == "rms_norm":
+            return kernel.rms_norm(self.loaded[of], w, eps, warps)
+        assert bias is not None
+        return kernel.layer_norm(self.loaded[of], w, self.s.array(bias), eps, warps)
 
     def attention(self, layer: int) -> Array:
-        """The attention's output of all heads [hidden]: Attention::load_attention."""
+        """The attention's output of all heads [q_size]: Attention::load_attention."""
         each = self.s.memory.read("partials", layer).reshape(self.config.num_heads, -1, self.config.head_dim + 2)
+        if self.config.num_heads != self.config.num_kv_heads:
+            each = each[:, : self.plan.used_partials(self.s.position)]
         merged = [kernel.merge(partials) for partials in each]
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])
 
     def attend(self, action: Action) -> Array:
-        """This CTA's partial of its head: Attention::attend up to the exchange."""
+        """This CTA's partials of its bundle's heads [queries, head_dim + 2]: Attention::attend up to the exchange."""
         s, plan, layer = self.s, self.plan, action.layer
-        query, key, value = self.rotated()
-        slots: dict[int, kernel.AttentionWarp] = {}
+        queries, key, value = self.rotated()
+        slots: dict[int, kernel.AttentionWarp | kernel.GroupedAttentionWarp] = {}
         for number, tile in enumerate(action.rows):
             tokens = slice(tile * plan.tile_tokens, min((tile + 1) * plan.tile_tokens, s.position))
-            warp = slots.setdefault(number % plan.vector_warps, kernel.AttentionWarp(query))
-            warp.add_tile(s.keys[layer, self.head, tokens], s.values[layer, self.head, tokens])
-        partials = [slots[slot].partial() for slot in sorted(slots)]
+            slot = number % plan.vector_warps
+            if slot not in slots:
+                one = plan.queries == 1
+                slots[slot] = kernel.AttentionWarp(queries[0]) if one else kernel.GroupedAttentionWarp(queries)
+            slots[slot].add_tile(s.keys[layer, self.kv_head, tokens], s.values[layer, self.kv_head, tokens])
+        partials = [slots[slot].partials() for slot in sorted(slots)]  # of every slot [queries, head_dim + 2]
         if self.split == 0:
-            s.new_keys[layer, self.head], s.new_values[layer, self.head] = key, value
-            partials.append(self.new_token(query, key, value))
-        return kernel.merge(np.array(partials, s.dtype).reshape(-1, self.config.head_dim + 2))
+            s.new_keys[layer, self.kv_head], s.new_values[layer, self.kv_head] = key, value
+            partials.append(np.stack([self.new_token(query, key, value) for query in queries]))
+        each = np.array(partials, s.dtype).reshape(-1, plan.queries, self.config.head_dim + 2)
+        return np.stack([kernel.merge(each[:, q]) for q in range(plan.queries)])
 
     def rotated(self) -> tuple[Array, Array, Array]:
-        """q, k, v of the head: rotated, q scaled, k and v as the cache holds them."""
+        """The bundle's queries [queries, head_dim], its k and v: rotated, q scaled, k and v as the cache holds them."""
         s, size = self.s, self.config.head_dim
-        q, k, v = self.loaded["qkv"].reshape(3, size)
+        *queries, k, v = self.loaded["qkv"].reshape(-1, size)
         half = self.config.rotary.dim // 2
 
         def rotate(of: Array) -> Array:
@@ -319,7 +360,7 @@ class Cta:
             return np.concatenate((*rotated, rest))
 
         scale = s.dtype(size**-0.5) * s.dtype(kernel.LOG2E)
-        return rotate(q) * scale, s.rounded(rotate(k)), s.rounded(v)
+        return np.stack([rotate(q) * scale for q in queries]), s.rounded(rotate(k)), s.rounded(v)
 
     def new_token(self, query: Array, key: Array, value: Array) -> Array:
         padding = (0, -len(key) % kernel.WARP)
@@ -339,8 +380,9 @@ class Cta:
         if action.name == "attention":
             merged = self.plan.merged_ctas
             inbox = s.memory.read(f"inbox {self.cluster}", layer) if merged > 1 else self.partial[None]
-            at = self.head * self.plan.partials_per_head + self.split // merged
-            s.memory.write("partials", at, layer, kernel.merge(inbox))
+            for q, head in enumerate(self.heads):
+                at = head * self.plan.partials_per_head + self.split // merged
+                s.memory.write("partials", at, layer, kernel.merge(inbox[:, q]))
         s.counters[self._counter(action.name)] += 1
         if action.name == "token" and s.counters["token", 0] == self.plan.ctas:
             s.chosen = int(s.memory.read("logits", layer).argmax())

@@ -51,8 +51,9 @@ def plan() -> BlockPlan:
         ({"shared_bytes": 232449}, "shared memory: 232449"),
         ({"ctas": 134}, "one CTA a multiprocessor"),
         ({"ctas": 131}, "whole clusters"),
-        ({"splits": 6}, "CTAs for every head"),
-        ({"splits": 3}, "a cluster works on one head"),
+        ({"splits": 6}, "CTAs for every bundle"),
+        ({"splits": 3}, "a cluster works on one bundle"),
+        ({"queries": 2}, "a bundle's heads share a K/V head"),
         ({"stages": 17}, "a stage belongs to one warp"),
         ({"window_stages": 0}, "the window is part of the ring"),
         ({"window_stages": 99}, "the window is part of the ring"),
@@ -149,7 +150,7 @@ def test_any_shape_has_a_sound_plan_or_a_reason(
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"family": "llama"}, "GPT-NeoX models so far"),
+        ({"hidden_size": 2564}, "hidden_size is 2564; the kernels need a multiple of 8"),
         ({"head_dim": 84}, "head_dim is 84; the kernels need a multiple of 8 up to 256"),
         ({"head_dim": 264}, "head_dim is 264"),
         ({"intermediate_size": 100}, "intermediate_size is 100"),

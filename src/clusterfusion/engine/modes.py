@@ -19,7 +19,7 @@ class Mode:
     needs: str
 
 
-_KERNELS = "a GPT-NeoX model in 16 bits on an NVIDIA GPU of compute capability 9.0 or newer"
+_KERNELS = "a model in 16 bits on an NVIDIA GPU of compute capability 9.0 or newer"
 
 MODES: dict[str, Mode] = {
     mode.name: mode

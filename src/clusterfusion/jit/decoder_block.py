@@ -24,13 +24,15 @@ _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class LayerTensors(ctypes.Structure):
-    """One layer's weights, as addresses on the device; None is null."""
+    """One layer's weights, as addresses on the device; None is null. Where q, k and v are one matrix, `q_weight` and `q_bias`
+    are all of it."""
 
     _fields_ = tuple(
         (name, _POINTER)
         for name in (
             *("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
-            *("qkv_weight", "qkv_bias", "o_weight", "o_bias", "up_weight", "up_bias", "down_weight", "down_bias"),
+            *("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "o_weight", "o_bias"),
+            *("gate_weight", "gate_bias", "up_weight", "up_bias", "down_weight", "down_bias"),
         )
     )
 
@@ -80,7 +82,7 @@ class LayerArguments(ctypes.Structure):
         ("x", _POINTER),
         ("out", _POINTER),
         ("middle", _POINTER),
-        ("_padding", ctypes.c_byte * 120),  # to a multiple of a tensor map's alignment
+        ("_padding", ctypes.c_byte * 72),  # to a multiple of a tensor map's alignment
     )
 
 
@@ -97,17 +99,20 @@ def instance(plan: BlockPlan, weight_type: ElementType, x_type: ElementType, seg
 def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) -> str:
     """The C++ type that carries a plan."""
     c = plan.config
-    gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
-    partition = (plan.ctas, plan.cluster_size, plan.splits, plan.vector_warps, plan.warps)
+    activation = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh", "silu": "silu"}[c.activation]
+    sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rotary.dim)
+    partition = (plan.ctas, plan.cluster_size, plan.queries, plan.splits, plan.vector_warps, plan.warps)
     ring = (plan.stages, plan.stage_bytes, plan.window_stages)
     cache = (plan.tile_tokens, plan.cache_stages, plan.cache_stage_bytes, plan.shared_bytes)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],
             _CPP_TYPES[x_type],
-            *map(str, (c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.rotary.dim)),
-            f"clusterfusion::Gelu::{gelu}",
-            *("true" if flag else "false" for flag in (c.parallel_residual, plan.up_first)),
+            *map(str, sizes),
+            f"clusterfusion::Pairing::{'neighbours' if c.rotary.neighbours else 'halves'}",
+            f"clusterfusion::Norm::{c.norm}",
+            f"clusterfusion::Activation::{activation}",
+            *("true" if flag else "false" for flag in (c.gated_mlp, c.fused_qkv, c.parallel_residual, plan.up_first)),
             *map(str, partition + ring + cache),
         )
     )
@@ -156,7 +161,7 @@ def prepare(
 
 
 def cache_map(plan: BlockPlan, weight_type: ElementType, cache: torch.Tensor) -> ctypes.Array[ctypes.c_byte]:
-    """The tensor map of a layer's keys or values [heads, max_len, head_dim], of any strides between heads and tokens."""
+    """The tensor map of a layer's keys or values [kv_heads, max_len, head_dim], of any strides between heads and tokens."""
     heads, max_len, head_dim = cache.shape
     head_stride, token_stride, _ = (stride * cache.element_size() for stride in cache.stride())
     return TensorMap.from_buffer_copy(

@@ -110,8 +110,8 @@ class LayerScratch:
 class RotaryTables:
     """cos and sin, float32, a row a position, `row_stride` elements apart (0: one row, for the current position).
 
-    A row holds an angle for each pair of dimensions (i, i + rotary_dim / 2). With `second_angles` the second dimensions
-    of the pairs have angles of their own, which start there in the row.
+    A row holds an angle for each pair of dimensions. With `second_angles` the second dimensions of the pairs have angles of
+    their own: those of pairs (i, i + rotary_dim / 2) start there in the row, those of neighbours lie between the others.
     """
 
     cos: Tensor
@@ -126,7 +126,7 @@ class LayerBuffers:
 
     x: Tensor
     out: Tensor
-    k_cache: Tensor  # [heads, max_len, head_dim], any strides between heads and tokens
+    k_cache: Tensor  # [kv_heads, max_len, head_dim], any strides between heads and tokens
     v_cache: Tensor
     position: Tensor  # [1], int32
     tables: RotaryTables
@@ -164,10 +164,11 @@ def layer_tensors(weights: LayerWeights) -> LayerTensors:
         norm1_bias=address("input_norm_bias", weights.input_norm_bias),
         norm2_weight=address("post_norm_weight", weights.post_norm_weight),
         norm2_bias=address("post_norm_bias", weights.post_norm_bias),
-        qkv_weight=address("qkv_weight", weights.qkv_weight),
-        qkv_bias=address("qkv_bias", weights.qkv_bias),
+        **_qkv_addresses(weights),
         o_weight=address("o_weight", weights.o_weight),
         o_bias=address("o_bias", weights.o_bias),
+        gate_weight=address("gate_weight", weights.gate_weight),
+        gate_bias=address("gate_bias", weights.gate_bias),
         up_weight=address("up_weight", weights.up_weight),
         up_bias=address("up_bias", weights.up_bias),
         down_weight=address("down_weight", weights.down_weight),
@@ -175,8 +176,16 @@ def layer_tensors(weights: LayerWeights) -> LayerTensors:
     )
 
 
+def _qkv_addresses(weights: LayerWeights) -> dict[str, int | None]:
+    if weights.qkv_weight is not None:
+        fused = address("qkv_weight", weights.qkv_weight), address("qkv_bias", weights.qkv_bias)
+        return dict(zip(("q_weight", "q_bias"), fused, strict=True))
+    names = [f"{which}_{kind}" for which in "qkv" for kind in ("weight", "bias")]
+    return {name: address(name, getattr(weights, name)) for name in names}
+
+
 def kv_cache(k: Tensor, v: Tensor, k_new: Tensor | None = None, v_new: Tensor | None = None) -> KvCache:
-    """Where keys and values [heads, max_len, head_dim] of a layer, or of all with a dimension in front, lie. Both have the
+    """Where keys and values [kv_heads, max_len, head_dim] of a layer, or of all with a dimension in front, lie. Both have the
     same strides."""
     *layers, head_stride, token_stride, _ = k.stride()
     return KvCache(

@@ -2,30 +2,50 @@
 
 The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
 R rows, but for the up projection's, which even out what the others leave uneven; in tiles of whole rows, or of parts of a row
-that is longer than a stage. Head h belongs to the `splits` CTAs from
-h * splits on, whole clusters, which take its cached tokens tile by tile in turn.
+that is longer than a stage. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
+
+`queries` query heads that share a K/V head are a bundle: all that share it, or a part. Bundle b belongs to the `splits` CTAs from
+b * splits on, whole clusters, which take its cached tokens tile by tile in turn. Rows of the projection of q, k and v come K/V head
+by K/V head: the queries that share it, its key, its value.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
+from clusterfusion.plan.block_check import check, check_coverage, check_progress
 from clusterfusion.plan.limits import PlanLimits
+from clusterfusion.plan.sizes import (
+    BARRIER_BYTES,
+    CLUSTER_SIZE,
+    ELEMENT_BYTES,
+    MAX_TILE_TOKENS,
+    PARTIAL_PADDING,
+    TENSOR_COPY_ALIGNMENT,
+    VECTOR,
+    bundle_sizes,
+    cache_tile_tokens,
+    fixed_shared_bytes,
+    qkv_rows,
+    round_up,
+    tile_bytes,
+)
 
-ELEMENT_BYTES = 2  # weights and K/V are 16-bit
-VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
 MAX_HEAD_DIM = 256
-# One CTA merges what a head's clusters give, in registers.
+# Without shared K/V heads, one CTA merges what a head's clusters give in registers. With them there are few bundles, so that it takes
+# more splits to employ all CTAs; only as many partials are read as cached tokens have filled.
 MOST_SPLITS = 32
-# 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
-CLUSTER_SIZE = 2
+MOST_SHARED_SPLITS = 128
 # Tile warps to choose from, the most that leave the ring as deep as it can be, or nearly; fewer where shared memory is scarce.
 WARPS = (7, 8, 9, 10, 11)
+SHARED_WARPS = (
+    6,
+    *WARPS,
+)  # where tiles of shared cached tokens take so much room that seven would leave the ring half as deep
 SCARCE_WARPS = (2, 3, 4, 5, 6)
 DEEP_ENOUGH = 0.95
 TYPICAL_WARPS = 9
@@ -39,6 +59,9 @@ MOST_WARPS = 16
 CACHE_BYTES = 32768
 WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
 SCARCE_CACHE_BYTES = 8192
+# Where query heads share cached tokens, so much: a warp's work on a tile is that of all of them, and nothing streams beside it.
+SHARED_CACHE_BYTES = 49152
+SCARCE_SHARED_CACHE_BYTES = 16384
 SCARCE_SHARED_BYTES = 128 * 1024
 # Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 50 and 64 KB in flight are best. Messages
 # between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
@@ -49,13 +72,8 @@ MAX_STAGES = 64
 # With so much of the up projection a CTA, q, k and v behind it hide the wait for h; with less, attention is what takes long,
 # and starts as early as it can.
 UP_FIRST_BYTES = 200 * 1024
-PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
 PAIR_BYTES = 8  # a float and its epoch
 COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
-TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
-MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
-MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
-BARRIER_BYTES = 16  # of a stage: one mbarrier for full, one for empty
 
 # In which a layer's matrices come; which vectors are ready when follows from it. Sequential residual leaves no choice.
 Order = Literal["up_first", "qkv_first", "sequential"]
@@ -75,7 +93,8 @@ class BlockPlan:
     limits: PlanLimits
     ctas: int
     cluster_size: int
-    splits: int  # CTAs that share a head's cached tokens
+    queries: int  # query heads of a bundle, which a CTA attends together
+    splits: int  # CTAs that share a bundle's cached tokens
     up_first: bool  # with parallel residual: up before q, k, v
     vector_warps: int  # norms, attention, activations
     warps: int  # tile warps: weights times vectors; one producer warp comes on top
@@ -108,6 +127,27 @@ class BlockPlan:
         """Partial results of a head that meet in global memory."""
         return self.splits // self.merged_ctas
 
+    def used_partials(self, position: int) -> int:
+        """How many of a head's partials hold anything with `position` cached tokens: the first ones."""
+        tiles = -(-position // self.tile_tokens)
+        return max(1, min(self.partials_per_head, -(-tiles // self.merged_ctas)))
+
+    @property
+    def bundles(self) -> int:
+        """Bundles of query heads."""
+        return self.config.num_heads // self.queries
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of the projection of q, k and v that belong to one K/V head."""
+        c = self.config
+        return (c.num_heads // c.num_kv_heads + 2) * c.head_dim
+
+    @property
+    def up_times(self) -> int:
+        """Rows streamed for a row of the up projection: with a gate, its own beside it."""
+        return 2 if self.config.gated_mlp else 1
+
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The launches of the split form, in order."""
@@ -120,9 +160,9 @@ class BlockPlan:
         """Bytes of each scratch buffer of a context, by the kernel's name for it; multiples of 128."""
         c = self.config
         return {
-            name: _round_up(size, TENSOR_COPY_ALIGNMENT)
+            name: round_up(size, TENSOR_COPY_ALIGNMENT)
             for name, size in {
-                "qkv": PAIR_BYTES * 3 * c.hidden_size,
+                "qkv": PAIR_BYTES * qkv_rows(c),
                 "partials": 4 * c.num_heads * self.partials_per_head * (c.head_dim + PARTIAL_PADDING),
                 "middle": 4 * c.hidden_size,
                 "h": ELEMENT_BYTES * c.intermediate_size,
@@ -136,6 +176,23 @@ class BlockPlan:
         counters."""
         return sum(self.scratch_sizes.values())
 
+    def attends(self, cta: int) -> bool:
+        """Whether a CTA takes part of a bundle's cached tokens."""
+        return cta < self.bundles * self.splits
+
+    def kv_head(self, cta: int) -> int:
+        """The K/V head that a CTA attends."""
+        return cta // self.splits * self.queries // (self.config.num_heads // self.config.num_kv_heads)
+
+    def attended_rows(self, cta: int) -> tuple[range, ...]:
+        """The rows of q, k and v that a CTA needs for its bundle."""
+        size, group = self.config.head_dim, self.kv_head(cta) * self.group_rows
+        heads = self.config.num_heads // self.config.num_kv_heads
+        if self.queries == heads:
+            return (range(group, group + self.group_rows),)
+        first = group + cta // self.splits * self.queries % heads * size
+        return range(first, first + self.queries * size), range(group + heads * size, group + self.group_rows)
+
     def rows(self, total: int, cta: int) -> range:
         """The rows of a matrix of `total` rows that a CTA reads; of the up projection, `up_rows`."""
         return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
@@ -146,19 +203,20 @@ class BlockPlan:
         return range(self._up_row(cta), self._up_row(cta + 1))
 
     def _up_row(self, cta: int) -> int:
-        hidden, up = self.config.hidden_size, self.config.intermediate_size
-        out = hidden + up  # elements of a row of o and one of down
+        hidden, up, qkv = self.config.hidden_size, self.config.intermediate_size, qkv_rows(self.config)
+        out = self.config.q_size + up  # elements of a row of o and one of down
+        up_row = self.up_times * hidden
         if up < (out // hidden + 3) * self.ctas:
             return up * cta // self.ctas
-        layer = hidden * (3 * hidden + up + out)
-        others = 3 * hidden * cta // self.ctas * hidden + hidden * cta // self.ctas * out
-        return (layer * cta // self.ctas - others) // hidden
+        layer = hidden * (qkv + out) + up * up_row
+        others = qkv * cta // self.ctas * hidden + hidden * cta // self.ctas * out
+        return (layer * cta // self.ctas - others) // up_row
 
 
 def why_not(config: DecoderConfig) -> str | None:
     """What keeps the program from running this model, or None."""
-    if config.family != "gpt_neox":
-        return f"the fused kernels run GPT-NeoX models so far, and this is {config.family}"
+    if config.hidden_size % VECTOR:
+        return f"hidden_size is {config.hidden_size}; the kernels need a multiple of {VECTOR}"
     if config.head_dim % VECTOR or config.head_dim > MAX_HEAD_DIM:
         return f"head_dim is {config.head_dim}; the kernels need a multiple of {VECTOR} up to {MAX_HEAD_DIM}"
     if config.intermediate_size % VECTOR:
@@ -173,110 +231,96 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         raise UnsupportedModelError(obstacle)
     # Every CTA has a row of the residual vector, for which all others wait in every layer: nobody falls behind by two.
     ctas = min(limits.multiprocessors, config.hidden_size) // CLUSTER_SIZE * CLUSTER_SIZE
-    if config.num_heads > ctas:
-        raise UnsupportedModelError(f"{config.num_heads} heads need as many CTAs; {limits.name} holds {ctas}")
-    splits = min(ctas // config.num_heads, MOST_SPLITS)
+    plans = [_plan(config, limits, ctas, queries, cache_bytes) for queries, cache_bytes in _attention(config, limits)]
+    enough = 2 * TARGET_STAGE_BYTES if limits.shared_bytes_per_block < SCARCE_SHARED_BYTES else _window_bytes(config)
+    plans = [plan for plan in plans if plan.bundles <= ctas] or plans[:1]
+    deep = [plan for plan in plans if plan.stages * plan.stage_bytes >= enough]
+    plan = deep[0] if deep else max(plans, key=lambda plan: plan.stages)
+    if plan.bundles > ctas:
+        what = "heads" if plan.queries == 1 else f"bundles of {plan.queries} heads"
+        raise UnsupportedModelError(f"{plan.bundles} {what} need as many CTAs; {limits.name} holds {ctas}")
+    if plan.stages <= 0:
+        raise UnsupportedModelError(
+            f"hidden_size {config.hidden_size} needs {plan.shared_bytes} bytes of shared memory a block; {limits.name} has "
+            f"{limits.shared_bytes_per_block}"
+        )
+    check_plan(plan)
+    return plan
+
+
+def _window_bytes(config: DecoderConfig) -> int:
+    return WIDE_WINDOW_BYTES if config.hidden_size >= WIDE_HIDDEN_SIZE else WINDOW_BYTES
+
+
+def _attention(config: DecoderConfig, limits: PlanLimits) -> Iterator[tuple[int, int]]:
+    """Query heads of a bundle and bytes for stages of cached tokens, the best first: the others leave the ring more room."""
+    scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
+    for queries in bundle_sizes(config):
+        if queries > 1:
+            most = SCARCE_SHARED_CACHE_BYTES if scarce else SHARED_CACHE_BYTES
+            yield from ((queries, most), (queries, most // 2))
+        else:
+            wide = config.hidden_size >= WIDE_HIDDEN_SIZE
+            yield queries, SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
+
+
+def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, cache_bytes: int) -> BlockPlan:
+    """The plan with such bundles; without a stage, and what it would take at least, where shared memory does not suffice."""
+    bundles = config.num_heads // queries
+    splits = max(1, min(ctas // bundles, MOST_SPLITS if queries == 1 else MOST_SHARED_SPLITS))
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
     row_bytes = config.hidden_size * ELEMENT_BYTES
     # Few rows a CTA (small models): smaller tiles, so that every warp has one.
     rows_each = -(-config.hidden_size // ctas)
     rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // TYPICAL_WARPS)))
-    stage_bytes = _round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
+    stage_bytes = round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
     wide = config.hidden_size >= WIDE_HIDDEN_SIZE
     up_bytes = config.intermediate_size * row_bytes // ctas
-    cache_stages = vector_warps if wide or scarce else 2 * vector_warps
-    cache_bytes = SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
+    cache_stages = vector_warps if scarce or (wide and queries == 1) else 2 * vector_warps
     tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
-    cache_stage_bytes = _round_up(_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
+    cache_stage_bytes = round_up(tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
     def fixed(warps: int) -> int:
-        return fixed_shared_bytes(config, ctas, stage_bytes, warps, vector_warps, cache_stages, cache_stage_bytes)
+        return fixed_shared_bytes(
+            config, ctas, queries, stage_bytes, warps, vector_warps, tile_tokens, cache_stages, cache_stage_bytes
+        )
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
-        return min(room, MAX_STAGES) // warps * warps
+        return min(max(room, 0), MAX_STAGES) // warps * warps
 
-    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS]
+    allowed = [w for w in (WARPS if queries == 1 else SHARED_WARPS) if w + vector_warps < MOST_WARPS]
     if not any(stages_with(w) > 0 for w in allowed):
         allowed = list(SCARCE_WARPS)
     deepest = max(map(stages_with, allowed))
     warps = max(w for w in allowed if stages_with(w) >= DEEP_ENOUGH * deepest)
     stages = stages_with(warps)
-    if stages <= 0:
-        raise UnsupportedModelError(
-            f"hidden_size {config.hidden_size} needs {fixed(2) + 2 * (stage_bytes + BARRIER_BYTES)} bytes of shared memory "
-            f"a block; {limits.name} has {limits.shared_bytes_per_block}"
-        )
-    plan = BlockPlan(
+    return BlockPlan(
         config=config,
         limits=limits,
         ctas=ctas,
         cluster_size=CLUSTER_SIZE,
+        queries=queries,
         splits=splits,
         up_first=config.parallel_residual and up_bytes >= UP_FIRST_BYTES,
         vector_warps=vector_warps,
         warps=warps,
         stages=stages,
         stage_bytes=stage_bytes,
-        window_stages=max(1, min(stages, (WIDE_WINDOW_BYTES if wide else WINDOW_BYTES) // stage_bytes)),
+        window_stages=max(1, min(stages, _window_bytes(config) // stage_bytes)),
         tile_tokens=tile_tokens,
         cache_stages=cache_stages,
         cache_stage_bytes=cache_stage_bytes,
-        shared_bytes=fixed(warps) + stages * (stage_bytes + BARRIER_BYTES),
+        shared_bytes=(
+            fixed(warps) + stages * (stage_bytes + BARRIER_BYTES)
+            if stages > 0
+            else fixed(2) + 2 * (stage_bytes + BARRIER_BYTES)
+        ),
     )
-    check_plan(plan)
-    return plan
-
-
-def cache_tile_tokens(config: DecoderConfig, stage_bytes: int) -> int:
-    """The most cached tokens whose tile fits `stage_bytes`, in whole passes of a warp; one pass if none does."""
-    together = 32 // (config.head_dim // VECTOR)  # that a warp takes at once
-    tokens = together
-    while (
-        tokens + together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * together)
-        and _tile_bytes(config, tokens + together) <= stage_bytes
-    ):
-        tokens += together
-    return tokens
-
-
-def fixed_shared_bytes(
-    config: DecoderConfig,
-    ctas: int,
-    stage_bytes: int,
-    warps: int,
-    vector_warps: int,
-    cache_stages: int,
-    cache_stage_bytes: int,
-) -> int:
-    """Shared memory beside the ring of weights, in the order of the program's struct, with room for its padding. The
-    program asserts at compile time that its struct fits."""
-    c = config
-    vector = 4 * c.hidden_size
-    vectors = max(2 * vector, vector + _round_up(c.intermediate_size * ELEMENT_BYTES, 16))
-    partial = 4 * (c.head_dim + PARTIAL_PADDING)
-    out_rows = -(-c.hidden_size // ctas) + 1
-    down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
-    attention = 3 * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
-    bias_rows = sum(-(-rows // ctas) + 1 for rows in (3 * c.hidden_size, c.intermediate_size)) + 2 * out_rows
-    bias_rows += 3 + -(-c.intermediate_size // c.hidden_size)  # that up may have more
-    # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
-    rows = 4 * (out_rows * (2 + down_parts) + bias_rows) + 16 * warps
-    return vectors + attention + rows + cache_stages * (cache_stage_bytes + BARRIER_BYTES) + 640
-
-
-def _tile_bytes(config: DecoderConfig, tokens: int) -> int:
-    """Of a stage that holds the keys and, behind them, the values of so many tokens of a head."""
-    half = tokens * config.head_dim * ELEMENT_BYTES
-    return _round_up(half, TENSOR_COPY_ALIGNMENT) + half
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
@@ -301,9 +345,11 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     """What a role of a CTA does in the fused launch, in order; VectorWarps::run and TileWarps::run in the program do the
     same."""
     c = plan.config
-    qkv, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.hidden_size))
+    qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
     if role == "tiles":
-        expand = (Step("read", "up", plan.up_rows(cta)), Step("signal", "expanded"), Step("arrive", "hidden"))
+        expand: tuple[Step, ...] = (Step("read", "up", plan.up_rows(cta)), Step("signal", "expanded"))
+        if not c.gated_mlp:
+            expand += (Step("arrive", "hidden"),)
         project = (Step("read", "qkv", qkv), Step("publish", "qkv", qkv), Step("signal", "projected"))
         down = (Step("await", "hidden"), Step("read", "down", out))
         output = (Step("await", "attended"), Step("read", "o", out), Step("signal", "output_sums"))
@@ -315,13 +361,18 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield from (*project, *output, Step("await", "middle_normed"), *expand, *down)
             yield Step("signal", "down_sums")
         return
-    hidden = (Step("wait", "hidden", target=plan.ctas), Step("await", "expanded"), Step("signal", "hidden"))
+    all_hidden = Step("wait", "hidden", target=plan.ctas)
+    hidden: tuple[Step, ...]
+    if c.gated_mlp:  # whose rows the vector warps finish
+        hidden = (Step("await", "expanded"), Step("arrive", "hidden"), all_hidden, Step("signal", "hidden"))
+    else:
+        hidden = (all_hidden, Step("await", "expanded"), Step("signal", "hidden"))
     yield Step("signal", "normed")
     if plan.up_first:
         yield from hidden
-    if cta < c.num_heads * plan.splits:
-        head = cta // plan.splits
-        yield Step("wait", "qkv", range(head * 3 * c.head_dim, (head + 1) * 3 * c.head_dim))
+    if plan.attends(cta):
+        for rows in plan.attended_rows(cta):
+            yield Step("wait", "qkv", rows)
         if plan.merged_ctas > 1:
             yield Step("arrive", f"exchange of cluster {cta // plan.cluster_size}")
             yield Step("wait", f"exchange of cluster {cta // plan.cluster_size}", target=plan.merged_ctas)
@@ -329,7 +380,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield Step("arrive", "attention")
     if c.parallel_residual and not plan.up_first:
         yield from hidden
-    yield Step("wait", "attention", target=c.num_heads * plan.partials_per_head)
+    yield Step("wait", "attention", target=plan.bundles * plan.partials_per_head)
     yield Step("await", "projected")
     yield Step("signal", "attended")
     yield Step("await", "output_sums")
@@ -344,83 +395,22 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
 def check_plan(plan: BlockPlan) -> None:
     """Raise AssertionError with the values unless the plan covers every row once, fits, and cannot deadlock."""
     c = plan.config
-    _check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
-    _check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
-    _check(plan.ctas <= c.hidden_size, "a row of the residual vector for every CTA", plan.ctas)
-    _check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
-    _check(c.num_heads * plan.splits <= plan.ctas, "CTAs for every head", plan.splits)
-    _check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one head", plan.splits)
-    _check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
-    _check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
-    _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
-    _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
-    _check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
-    _check(
-        _tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens
-    )
-    _check(
-        plan.cache_stages % plan.vector_warps == 0, "a stage of cached tokens belongs to one warp", plan.cache_stages
-    )
-    _check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
-    _check(plan.threads <= 1024, "threads of a CTA", plan.threads)
-    _check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
-    _check_coverage(plan)
-    _check_progress(plan)
-
-
-def _check_coverage(plan: BlockPlan) -> None:
-    c = plan.config
-    sizes = {"qkv": 3 * c.hidden_size, "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
-    dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
-    for cta in range(plan.ctas):
-        for step in schedule(plan, cta, "tiles"):
-            if step.kind in ("read", "publish") and step.rows:
-                dealt[step.kind, step.name].append(step.rows)
-    for kind, name in [*(("read", name) for name in sizes), ("publish", "qkv")]:
-        end = 0
-        for rows in sorted(dealt[kind, name], key=lambda r: r.start):
-            _check(rows.start == end, f"every row of {name} is {kind} once", rows)
-            end = rows.stop
-        _check(end == sizes[name], f"all rows of {name} are {kind}", end)
-
-
-def _check_progress(plan: BlockPlan) -> None:
-    """Runs all roles of all CTAs against one another: all resident, each as far as its waits let it. Every signal is awaited,
-    or it would say nothing."""
-    counters: collections.Counter[str] = collections.Counter()
-    published = bytearray(3 * plan.config.hidden_size)  # rows of q, k and v
-    pending = {(cta, role): collections.deque(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
-    signals, awaits = (
-        {(cta, step.name) for (cta, _), steps in pending.items() for step in steps if step.kind == kind}
-        for kind in ("signal", "await")
-    )
-    _check(signals <= awaits, "every signal is awaited", sorted(signals - awaits)[:3])
-    given: set[tuple[int, str]] = set()
-
-    def met(cta: int, step: Step) -> bool:
-        if step.kind == "await":
-            return (cta, step.name) in given
-        if step.kind != "wait":
-            return True
-        return all(published[step.rows.start : step.rows.stop]) and counters[step.name] >= step.target
-
-    moved = True
-    while pending and moved:
-        moved = False
-        for (cta, role), steps in list(pending.items()):
-            while steps and met(cta, steps[0]):
-                step = steps.popleft()
-                counters[step.name] += step.kind == "arrive"
-                if step.kind == "signal":
-                    given.add((cta, step.name))
-                if step.kind == "publish":
-                    published[step.rows.start : step.rows.stop] = bytes([1]) * len(step.rows)
-                moved = True
-            if not steps:
-                del pending[cta, role]
-    _check(not pending, "no deadlock", {actor: steps[0] for actor, steps in list(pending.items())[:3]})
-
-
-def _check(ok: bool, what: str, seen: object) -> None:
-    if not ok:
-        raise AssertionError(f"plan: {what}: {seen}")
+    check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
+    check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
+    check(plan.ctas <= c.hidden_size, "a row of the residual vector for every CTA", plan.ctas)
+    check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
+    check((c.num_heads // c.num_kv_heads) % plan.queries == 0, "a bundle's heads share a K/V head", plan.queries)
+    check(plan.bundles * plan.splits <= plan.ctas, "CTAs for every bundle", plan.splits)
+    check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one bundle", plan.splits)
+    check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
+    check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
+    check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
+    check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
+    check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
+    check(tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens)
+    check(plan.cache_stages % plan.vector_warps == 0, "a stage of cached tokens belongs to one warp", plan.cache_stages)
+    check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
+    check(plan.threads <= 1024, "threads of a CTA", plan.threads)
+    check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
+    check_coverage(plan, schedule)
+    check_progress(plan, schedule)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from clusterfusion.plan.block import ELEMENT_BYTES, MATRICES, VECTOR, BlockPlan, Role
+from clusterfusion.plan.block import MATRICES, BlockPlan, Role
+from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR, qkv_rows
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
 
@@ -26,7 +27,8 @@ PAIRS = ("qkv", "x", "middle")
 class Action(NamedTuple):
     """One thing that a role of a CTA does in a step.
 
-    read: take `rows` of the matrix `name` of `layer`; name "kv": the tiles `rows` of its head's cached tokens.
+    read: take `rows` of the matrix `name` of `layer`; name "kv": the tiles `rows` of its bundle's cached tokens.
+    finish: with a gated MLP: make the CTA's `rows` of h of the sums of up that its tile warps have left, and write them.
     publish: write the CTA's `rows` of the vector `name` of `layer`, each with its epoch. x of layer l is what layer l
         starts from, x of layer num_layers what the final norm takes.
     arrive: add one to the counter `name`.
@@ -36,7 +38,7 @@ class Action(NamedTuple):
     signal: that the CTA's other role may go on, and await: until it has said so for this layer.
     """
 
-    kind: Literal["read", "publish", "arrive", "wait", "load", "place", "signal", "await"]
+    kind: Literal["read", "finish", "publish", "arrive", "wait", "load", "place", "signal", "await"]
     name: str
     layer: int  # num_layers after the last one
     rows: range = range(0)
@@ -44,11 +46,11 @@ class Action(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What one stage holds: rows from `first` on, part `part` of a row longer than a stage, or cached tokens."""
+    """What one stage holds: rows from `first` on, or part `part` of a row longer than a stage."""
 
     name: str
     layer: int
-    first: int  # row, or for "kv" tile of cached tokens
+    first: int  # of the rows as they are streamed: with a gate, two for a row of up
     part: int
     bytes: int
 
@@ -84,18 +86,21 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
     yield Action("load", "x", layer)
     yield Action("place", "normed", layer)  # and the layer's biases
     yield Action("signal", "normed", layer)
-    hidden = (
-        wait("hidden", plan.ctas),
-        Action("load", "h", layer),
-        Action("await", "expanded", layer),
-        Action("place", "hidden", layer),
-        Action("signal", "hidden", layer),
-    )
+    bring = (wait("hidden", plan.ctas), Action("load", "h", layer))
+    expanded = Action("await", "expanded", layer)
+    place = (Action("place", "hidden", layer), Action("signal", "hidden", layer))
+    hidden: tuple[Action, ...]
+    if c.gated_mlp:  # whose rows the vector warps finish
+        mine = (Action("finish", "h", layer, plan.up_rows(cta)), Action("arrive", "hidden", layer))
+        hidden = (expanded, *mine, *bring, *place)
+    else:
+        hidden = (*bring, expanded, *place)
     if plan.up_first:
         yield from hidden
-    if attends(plan, cta):
-        yield Action("wait", "qkv", layer, head_rows(plan, cta))
-        yield Action("load", "qkv", layer, head_rows(plan, cta))
+    if plan.attends(cta):
+        for kind in ("wait", "load"):
+            for rows in plan.attended_rows(cta):
+                yield Action(kind, "qkv", layer, rows)
         yield Action("read", "kv", layer, cached_tiles(plan, cta, position))
         if plan.merged_ctas > 1:
             yield Action("arrive", "exchange", layer)
@@ -104,7 +109,7 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
             yield Action("arrive", "attention", layer)
     if c.parallel_residual and not plan.up_first:
         yield from hidden
-    yield wait("attention", c.num_heads * plan.partials_per_head)
+    yield wait("attention", plan.bundles * plan.partials_per_head)
     yield Action("load", "partials", layer)
     yield Action("await", "projected", layer)
     yield Action("place", "attended", layer)
@@ -124,12 +129,13 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
 def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
     """A layer of the tile warps: TileWarps::run of the program."""
     c = plan.config
-    qkv, out = (plan.rows(rows, cta) for rows in (3 * c.hidden_size, c.hidden_size))
-    expand = (
+    qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
+    expand: tuple[Action, ...] = (
         Action("read", "up", layer, plan.up_rows(cta)),
         Action("signal", "expanded", layer),
-        Action("arrive", "hidden", layer),
     )
+    if not c.gated_mlp:
+        expand += (Action("arrive", "hidden", layer),)
     project = (
         Action("read", "qkv", layer, qkv),
         Action("publish", "qkv", layer, qkv),
@@ -150,20 +156,9 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
         yield Action("signal", "down_sums", layer)
 
 
-def attends(plan: BlockPlan, cta: int) -> bool:
-    """Whether a CTA takes part of a head's cached tokens."""
-    return cta < plan.config.num_heads * plan.splits
-
-
-def head_rows(plan: BlockPlan, cta: int) -> range:
-    """The rows of q, k and v of the head that a CTA attends."""
-    size = 3 * plan.config.head_dim
-    return range(cta // plan.splits * size, (cta // plan.splits + 1) * size)
-
-
 def cached_tiles(plan: BlockPlan, cta: int, position: int) -> range:
-    """The tiles of `plan.tile_tokens` cached tokens that a CTA takes of its head's, which has `position` tokens."""
-    tiles = -(-position // plan.tile_tokens) if attends(plan, cta) else 0
+    """The tiles of `plan.tile_tokens` cached tokens that a CTA takes of its bundle's, which has `position` tokens."""
+    tiles = -(-position // plan.tile_tokens) if plan.attends(cta) else 0
     return range(cta % plan.splits, max(tiles, cta % plan.splits), plan.splits)
 
 
@@ -179,7 +174,14 @@ def version(plan: BlockPlan, name: str, layer: int) -> tuple[str, int]:
 
 def columns(plan: BlockPlan, name: str) -> int:
     """Elements in a row of a matrix."""
-    return plan.config.intermediate_size if name == "down" else plan.config.hidden_size
+    c = plan.config
+    return {"down": c.intermediate_size, "o": c.q_size}.get(name, c.hidden_size)
+
+
+def streamed_rows(plan: BlockPlan, name: str, rows: range) -> range:
+    """A CTA's rows of a matrix as they are streamed: with a gate, each row of up behind its gate's."""
+    times = plan.up_times if name == "up" else 1
+    return range(times * rows.start, times * rows.stop)
 
 
 def rows_a_tile(plan: BlockPlan, name: str) -> int:
@@ -199,8 +201,9 @@ def tiles(plan: BlockPlan, read: Action) -> Iterator[Tile]:
     """The stages of the ring that a read of weights takes, in order."""
     parts = row_parts(plan, read.name)
     step = rows_a_tile(plan, read.name)
-    for first in range(read.rows.start, read.rows.stop, step):
-        rows = min(step, read.rows.stop - first)
+    streamed = streamed_rows(plan, read.name, read.rows)
+    for first in range(streamed.start, streamed.stop, step):
+        rows = min(step, streamed.stop - first)
         for part, elements in enumerate(parts):
             yield Tile(read.name, read.layer, first, part, rows * elements * ELEMENT_BYTES)
 
@@ -209,7 +212,7 @@ def producer_order(plan: BlockPlan, cta: int) -> Iterator[Tile]:
     """The tiles that a CTA's producer copies in one step, in order, never more than `plan.stages` ahead of their use.
     WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
     c = plan.config
-    rows = {name: plan.rows(3 * c.hidden_size if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
+    rows = {name: plan.rows(qkv_rows(c) if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
     rows["up"] = plan.up_rows(cta)
     for layer in range(c.num_layers):
         for name in MATRICES[plan.order]:
@@ -227,13 +230,14 @@ def balance(plan: BlockPlan, position: int = 0) -> dict[str, float]:
     read = {name: [0] * plan.ctas for name in ("qkv", "kv", "up", "o", "down", "lm_head", "step")}
     for cta in range(plan.ctas):
         for name, rows, layers in (
-            ("qkv", plan.rows(3 * c.hidden_size, cta), c.num_layers),
+            ("qkv", plan.rows(qkv_rows(c), cta), c.num_layers),
             ("up", plan.up_rows(cta), c.num_layers),
             ("o", plan.rows(c.hidden_size, cta), c.num_layers),
             ("down", plan.rows(c.hidden_size, cta), c.num_layers),
             ("lm_head", plan.rows(c.vocab_size, cta), 1),
         ):
-            read[name][cta] = layers * len(rows) * columns(plan, name) * ELEMENT_BYTES
+            streamed = len(streamed_rows(plan, name, rows))
+            read[name][cta] = layers * streamed * columns(plan, name) * ELEMENT_BYTES
         token_bytes = 2 * c.head_dim * ELEMENT_BYTES
         read["kv"][cta] = c.num_layers * len(cached_tiles(plan, cta, position)) * plan.tile_tokens * token_bytes
         read["step"][cta] = sum(read[name][cta] for name in read if name != "step")

@@ -216,7 +216,7 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
         run.rounds[cta, action.name].signals.append((action.layer, event))
     if action.kind == "await":
         run.rounds[cta, action.name].awaits.append((action.layer, before, event))
-    for events, named in ((run.writes, _written(action)), (run.uses, _used(plan, action))):
+    for events, named in ((run.writes, _written(plan, action)), (run.uses, _used(plan, action))):
         for name, layer in named:
             for part in _parts(plan, cta, name, action.rows):
                 vector, version = step.version(plan, name, layer)
@@ -225,11 +225,12 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
         run.shared[cta, place].append(Access(event, content, writes))
 
 
-def _written(action: Action) -> Iterator[tuple[str, int]]:
+def _written(plan: BlockPlan, action: Action) -> Iterator[tuple[str, int]]:
     """The vector in memory, and its layer, that an action writes."""
+    gated = plan.config.gated_mlp
     if action.kind == "publish" and action.rows:
         yield action.name, action.layer
-    elif action.kind == "read" and action.rows and action.name == "up":
+    elif action.rows and (action.kind == "finish" or (action.kind == "read" and action.name == "up" and not gated)):
         yield "h", action.layer
     elif action.kind == "arrive" and action.name in ("attention", "exchange"):
         yield {"attention": "partials", "exchange": "exchange"}[action.name], action.layer
@@ -248,7 +249,7 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
     """What an action writes (True) to places in the CTA's shared memory, or needs there. Places of one role alone, where
     barriers of its own keep the order, are not here."""
     kind, name, layer = action.kind, action.name, action.layer
-    parallel, last = plan.config.parallel_residual, layer == plan.config.num_layers
+    gated, parallel, last = plan.config.gated_mlp, plan.config.parallel_residual, layer == plan.config.num_layers
     if kind == "place":
         yield True, "x1" if name in ("normed", "attended") else "x2", (name, layer)
         if name == "normed" and not last:
@@ -259,8 +260,12 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
         yield False, "x1", ("attended" if name == "o" else "normed", layer)
     elif kind == "read" and name in ("up", "down"):
         yield False, "x2", ("hidden" if name == "down" else "normed" if parallel else "middle_normed", layer)
-    if kind == "read" and name in ("qkv", "up"):
+    if (kind == "read" and (name == "qkv" or (name == "up" and not gated))) or kind == "finish":
         yield False, "biases", ("biases", layer)
+    if gated and kind == "read" and name == "up":
+        yield True, "up_sums", ("up", layer)
+    if kind == "finish":
+        yield False, "up_sums", ("up", layer)
     if kind == "read" and name in ("o", "down"):
         yield True, f"{name}_sums", (name, layer)
     if kind == "publish" and name in ("x", "middle"):
@@ -279,10 +284,12 @@ def _key(plan: BlockPlan, cta: int, action: Action) -> Key:
 
 
 def _parts(plan: BlockPlan, cta: int, name: str, rows: range) -> Iterable[int]:
-    """The parts of a vector that are complete by themselves: q, k and v of each head; of others the cluster's or all."""
+    """The parts of a vector that are complete by themselves: of q, k and v what one bundle needs, or one head; of others the
+    cluster's or all."""
     if name != "qkv":
         return (scope_of(plan, cta, name),)
-    size = 3 * plan.config.head_dim
+    c = plan.config
+    size = plan.group_rows if plan.queries * c.num_kv_heads == c.num_heads else c.head_dim
     return range(rows.start // size, -(-rows.stop // size))
 
 

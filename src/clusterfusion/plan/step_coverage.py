@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from clusterfusion.plan import step
 from clusterfusion.plan.block import ROLES, BlockPlan
+from clusterfusion.plan.sizes import qkv_rows
 from clusterfusion.plan.step import Action
 
 Key = tuple[
@@ -15,15 +16,18 @@ Key = tuple[
 
 
 def check_cached_tokens(plan: BlockPlan, position: int) -> None:
-    """Each head's cached tokens are taken once, by its own CTAs."""
+    """Each bundle's cached tokens are taken once, by its own CTAs; and of the partials of its clusters, those that hold anything
+    are the first ones."""
     wanted = list(range(-(-position // plan.tile_tokens)))
-    for head in range(plan.config.num_heads):
-        ctas = range(head * plan.splits, (head + 1) * plan.splits)
+    for bundle in range(plan.bundles):
+        ctas = range(bundle * plan.splits, (bundle + 1) * plan.splits)
         taken = sorted(tile for cta in ctas for tile in step.cached_tiles(plan, cta, position))
-        require(taken == wanted, f"every tile of head {head} is read once at position {position}", taken)
+        require(taken == wanted, f"every tile of bundle {bundle} is read once at position {position}", taken)
+        filled = {cta % plan.splits // plan.merged_ctas for cta in ctas if step.cached_tiles(plan, cta, position)} | {0}
+        require(filled == set(range(plan.used_partials(position))), "partials that hold anything", filled)
     for cta in range(plan.ctas):
         tiles = step.cached_tiles(plan, cta, position)
-        require(step.attends(plan, cta) or not tiles, "CTAs without a head read no cached tokens", tiles)
+        require(plan.attends(cta) or not tiles, "CTAs without a bundle read no cached tokens", tiles)
 
 
 def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]], position: int) -> None:
@@ -31,8 +35,10 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
     c = plan.config
     layers = range(c.num_layers)
     sizes = {("read", name, layer): c.hidden_size for name in ("o", "down") for layer in layers}
-    sizes |= {(kind, "qkv", layer): 3 * c.hidden_size for kind in ("read", "publish") for layer in layers}
+    sizes |= {(kind, "qkv", layer): qkv_rows(c) for kind in ("read", "publish") for layer in layers}
     sizes |= {("read", "up", layer): c.intermediate_size for layer in layers}
+    if c.gated_mlp:
+        sizes |= {("finish", "h", layer): c.intermediate_size for layer in layers}
     sizes |= {("read", "lm_head", c.num_layers): c.vocab_size}
     sizes |= {("publish", "x", layer + 1): c.hidden_size for layer in layers}
     if not c.parallel_residual:
@@ -40,10 +46,10 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
     dealt: dict[tuple[str, str, int], list[range]] = collections.defaultdict(list)
     for cta, (vectors, tiles) in enumerate(schedules):
         for action in [*vectors, *tiles]:
-            if action.kind in ("read", "publish") and action.name != "kv" and action.rows:
+            if action.kind in ("read", "finish", "publish") and action.name != "kv" and action.rows:
                 dealt[action.kind, action.name, action.layer].append(action.rows)
         taken = [(action.layer, action.rows) for action in vectors if action.name == "kv"]
-        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if step.attends(plan, cta)]
+        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if plan.attends(cta)]
         require(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
         require([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
         weights = [a.name for a in vectors if a.kind == "read" and a.name != "kv"]
@@ -55,7 +61,7 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
             require(rows.start == end, f"every row of {name} of layer {layer} is {kind} once", rows)
             end = rows.stop
         require(end == sizes[kind, name, layer], f"all rows of {name} of layer {layer} are {kind}", end)
-    for name in ("qkv", "down"):
+    for name in ("qkv", "o", "down"):
         require(min(step.row_parts(plan, name)) > 0, f"no part of a row of {name} is empty", step.row_parts(plan, name))
 
 
@@ -80,8 +86,8 @@ def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Ac
                 belongs = action.layer - (action.kind == "publish" and action.name == "x")
                 by_layer[belongs].append((action.kind, action.name, action.rows))
                 if action.kind == "wait" and action.name in step.PAIRS:
-                    rows = pairs.get(action.name) or step.head_rows(plan, cta)
-                    require(action.rows == rows, "all rows that are used are waited for", action)
+                    wanted_rows = (pairs[action.name],) if action.name in pairs else plan.attended_rows(cta)
+                    require(action.rows in wanted_rows, "all rows that are used are waited for", action)
                 elif action.kind == "wait":
                     wanted = total[action.name, action.layer, scope_of(plan, cta, action.name)]
                     require(action.target == wanted, f"{wanted} arrivals are waited for", action)

@@ -1,4 +1,5 @@
-// The attention phase, on the vector warps: this CTA's part of its head, merged over the cluster, then over the head's clusters.
+// The attention phase, on the vector warps: this CTA's part of its bundle of query heads, merged over the cluster, then over the
+// bundle's clusters.
 #pragma once
 
 #include "block/residual.cuh"
@@ -11,15 +12,18 @@ class Attention : public CtaState<S> {
   using Base = CtaState<S>;
   using typename Base::Cached;
   using typename Base::W;
+  using Base::bundle;
   using Base::cached_tiles;
-  using Base::head;
   using Base::kPartial;
+  using Base::kPartialsFloats;
+  using Base::kv_head;
   using Base::lane_;
   using Base::position_;
   using Base::s_;
   using Base::split;
   using Base::thread_;
   using Base::u_;
+  static constexpr int kQueries = S::kQueries;
 
  public:
   using typename Base::Shared;
@@ -31,39 +35,47 @@ class Attention : public CtaState<S> {
   // Asks for the first cached tokens of a layer: ahead of the dependency on q, k and v.
   __device__ void fetch_ahead(int layer) { tiles_.begin(cached_tiles(), fetcher(layer)); }
 
-  // Leaves the partial of this CTA's cluster in the workspace. True where somebody has to be told: on rank 0 of a cluster.
-  // head_read() comes when q, k and v are there.
-  template <bool kWhole, typename HeadRead>
-  __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadRead head_read) {
-    load_head<kWhole>(cache, layer, epoch);
-    head_read();
+  // Leaves the partials of this CTA's cluster in the workspace. True where somebody has to be told: on rank 0 of a cluster.
+  // heads_read() comes when q, k and v are there.
+  template <bool kWhole, typename HeadsRead>
+  __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadsRead heads_read) {
+    load_heads<kWhole>(cache, layer, epoch);
+    heads_read();
     pair_.block_sync();
-    AttentionWarp<W, Cached> mine(lane_, s_.query);
+    typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
     int slot = -1;
     tiles_.tiles(cached_tiles(), fetcher(layer), [&](int tile, const char* data) {
       mine.add_tile(data, this->tile_tokens(tile));
       slot = tile % S::kVectorWarps;
     });
     const int used = min(cached_tiles(), S::kVectorWarps);
-    if (slot >= 0) mine.store(s_.slots + slot * kPartial);
+    if (slot >= 0) mine.store(s_.slots + slot * kPartialsFloats, kPartial);
     int count = used;
     if (split() == 0) {
-      if (this->warp_ == S::kVectorWarps - 1) new_token(s_.slots + used * kPartial);
+      if (this->warp_ == S::kVectorWarps - 1) {
+#pragma unroll 1
+        for (int q = 0; q < kQueries; q++) new_token(s_.slots + used * kPartialsFloats + q * kPartial, s_.query + q * S::kHeadDim);
+      }
       count++;
     }
     pair_.block_sync();
     SoftmaxScale scale{-kInfinity, 0.0f};
-    // Each thread merges one dimension; the scale is the same on all of them.
-    gather_.exchange(pair_, [&](int i) {
-      const float value = merge_partials<S::kHeadDim>(s_.slots, count, kPartial, i < S::kHeadDim ? i : 0, scale);
+    // Each thread merges one dimension of a head; the scale is the same on all of that head.
+    gather_.exchange(pair_, [&](int at) {
+      const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
+      const float value =
+          merge_partials<S::kHeadDim>(s_.slots + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
       return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     });
     if (pair_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
     if (S::kMerged > 1 && pair_.rank() != 0) return false;
-    float* to = u_.partials + (head() * S::kPartials + split() / S::kMerged) * kPartial;
-    for (int i = thread_; i < kPartial; i += S::kVectorThreads) {
-      const float value = merge_partials<S::kHeadDim>(gather_.result(), S::kMerged, kPartial, i < S::kHeadDim ? i : 0, scale);
-      to[i] = i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
+    float* to = u_.partials + (bundle() * kQueries * S::kPartials + split() / S::kMerged) * kPartial;
+    for (int at = thread_; at < kPartialsFloats; at += S::kVectorThreads) {
+      const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
+      const float value = merge_partials<S::kHeadDim>(
+          gather_.result() + q * kPartial, S::kMerged, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
+      to[q * S::kPartials * kPartial + i] =
+          i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     }
     pair_.block_sync();
     return true;
@@ -71,42 +83,63 @@ class Attention : public CtaState<S> {
 
   // The attention's output of all heads, merged from the partials, into shared memory, when the tile warps have done with what
   // is there.
-  template <bool kWhole, int kItems>
+  template <bool kWhole>
   __device__ void load_attention(const SplitVector& to, int layer) {
-    constexpr int kQuads = kItems / 4, kPartials = S::kPartials;
-    constexpr bool kAtOnce = kQuads * kPartials <= 12;  // that many loads fit the registers, and cost one trip together
-    constexpr int kTogether = kAtOnce ? kQuads : 1;
+    constexpr int kQuads = S::kQSize / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
+    // So many loads fit the registers, and cost one trip together. With more, first the maxima of those partials that hold
+    // anything, then their values, a few quads at a time.
+    constexpr bool kAtOnce = kOwn * S::kPartials <= 12;
+    constexpr int kTogether = kAtOnce || kOwn < 4 ? kOwn : 4, kLoaded = kAtOnce ? S::kPartials : 1;
+    const int used = kAtOnce ? S::kPartials : this->used_partials();
 #pragma unroll
-    for (int first = 0; first < kQuads; first += kTogether) {
-      float4 parts[kTogether][kPartials] = {};
-      float2 scales[kTogether][kPartials] = {};
+    for (int first = 0; first < kOwn; first += kTogether) {
+      float4 parts[kTogether][kLoaded] = {};
+      float2 scales[kTogether][kLoaded] = {};
       const auto quad_of = [&](int i) { return (first + i) * S::kVectorThreads + thread_; };
+      const auto mine = [&](int i) { return first + i < kOwn && quad_of(i) < kQuads; };
+      const auto load = [&](int i, int partial, float2& scale, float4& part) {
+        const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
+        const float* from = u_.partials + (of_head * S::kPartials + partial) * kPartial;
+        scale = __ldcg(reinterpret_cast<const float2*>(from + S::kHeadDim));
+        part = __ldcg(reinterpret_cast<const float4*>(from + dim));
+      };
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        if (quad_of(i) >= S::kHidden / 4) continue;
-        const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
-        const float* partials = u_.partials + of_head * kPartials * kPartial;
+        if (!mine(i)) continue;
 #pragma unroll
-        for (int n = 0; n < kPartials; n++) {
-          scales[i][n] = __ldcg(reinterpret_cast<const float2*>(partials + n * kPartial + S::kHeadDim));
-          parts[i][n] = __ldcg(reinterpret_cast<const float4*>(partials + n * kPartial + dim));
-        }
+        for (int n = 0; n < kLoaded; n++) load(i, n, scales[i][n], parts[i][n]);
       }
       if constexpr (kWhole) this->await(kProjected, layer);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        if (quad_of(i) >= S::kHidden / 4) continue;
-        float maximum = -kInfinity, sum = 0;
+        if (!mine(i)) continue;
+        float maximum = -kInfinity;
 #pragma unroll
-        for (int n = 0; n < kPartials; n++) maximum = fmaxf(maximum, scales[i][n].x);
+        for (int n = 0; n < kLoaded; n++) maximum = fmaxf(maximum, scales[i][n].x);
+        if constexpr (!kAtOnce) {
+          const int of_head = quad_of(i) * 4 / S::kHeadDim;
+          const float* from = u_.partials + of_head * S::kPartials * kPartial + S::kHeadDim;
+#pragma unroll 4
+          for (int n = 1; n < used; n++) maximum = fmaxf(maximum, __ldcg(from + n * kPartial));
+        }
+        float sum = 0;
         float4 value = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int n = 0; n < kPartials; n++) {
-          const float weight = scales[i][n].x == -kInfinity ? 0.0f : exp2f(scales[i][n].x - maximum);
-          const float4 part = parts[i][n];
-          sum = fmaf(weight, scales[i][n].y, sum);
+        const auto add = [&](float2 scale, float4 part) {
+          const float weight = scale.x == -kInfinity ? 0.0f : exp2f(scale.x - maximum);
+          sum = fmaf(weight, scale.y, sum);
           value.x = fmaf(weight, part.x, value.x), value.y = fmaf(weight, part.y, value.y);
           value.z = fmaf(weight, part.z, value.z), value.w = fmaf(weight, part.w, value.w);
+        };
+#pragma unroll
+        for (int n = 0; n < kLoaded; n++) add(scales[i][n], parts[i][n]);
+        if constexpr (!kAtOnce) {
+#pragma unroll 4
+          for (int n = 1; n < used; n++) {
+            float2 scale;
+            float4 part;
+            load(i, n, scale, part);
+            add(scale, part);
+          }
         }
         to.quad(quad_of(i)) = make_float4(value.x / sum, value.y / sum, value.z / sum, value.w / sum);
       }
@@ -114,60 +147,78 @@ class Attention : public CtaState<S> {
   }
 
  private:
-  // q, k and v of this CTA's head: rotated, k and v rounded as the cache holds them; q scaled. Split 0 writes the cache.
+  // The bundle's queries, their key and their value: rotated, k and v rounded as the cache holds them; q scaled. The group's first
+  // CTA writes the cache.
   template <bool kWhole>
-  __device__ void load_head(const KvCache& cache, int layer, unsigned epoch) {
+  __device__ void load_heads(const KvCache& cache, int layer, unsigned epoch) {
     const float scale = rsqrtf(static_cast<float>(S::kHeadDim)) * kLog2E;
-    constexpr int kHalf = S::kRotary / 2;
-    const int first = head() * 3 * S::kHeadDim;
+    constexpr int kHalf = S::kRotary / 2, kLoads = 2 * kQueries + 3;
+    const int group = kv_head() * S::kGroupRows;
+    const int first_query = this->bundle_of_group() * kQueries * S::kHeadDim;
     for (int i = thread_; i < S::kHeadDim; i += S::kVectorThreads) {
       const bool rotates = i < S::kRotary;
-      const int partner = !rotates ? i : i < kHalf ? i + kHalf : i - kHalf;
+      int partner, angle;
+      bool second;  // of the two that rotate together
+      if constexpr (S::kPairing == Pairing::halves) {
+        second = i >= kHalf;
+        partner = !rotates ? i : second ? i - kHalf : i + kHalf;
+        angle = second ? i - kHalf + u_.second_angles : i;
+      } else {
+        second = i % 2 == 1;
+        partner = !rotates ? i : i ^ 1;
+        angle = u_.second_angles == 0 ? i / 2 : i;
+      }
       float c = 1.0f, s = 0.0f;
       if (rotates) {
-        const int angle = i < kHalf ? i : i - kHalf + u_.second_angles;
         c = u_.cos[position_ * u_.table_stride + angle];
-        s = (i < kHalf ? -1.0f : 1.0f) * u_.sin[position_ * u_.table_stride + angle];
+        s = (second ? 1.0f : -1.0f) * u_.sin[position_ * u_.table_stride + angle];
       }
-      float q, k, v, q_partner, k_partner;
+      // The queries, key, value; the partners of queries and key.
+      float values[kLoads];
+      const auto at = [&](int n) {
+        const int dim = n < kQueries + 2 ? i : partner;
+        const int of = n < kQueries + 2 ? n : n - kQueries - 2;
+        if (of < kQueries) return group + first_query + of * S::kHeadDim + dim;
+        return group + (S::kGroup + (n < kQueries + 2 ? of - kQueries : 0)) * S::kHeadDim + dim;
+      };
       if constexpr (kWhole) {
-        const Pair* qkv = static_cast<const Pair*>(u_.qkv) + first;
-        const int at[5] = {i, S::kHeadDim + i, 2 * S::kHeadDim + i, partner, S::kHeadDim + partner};
-        Pair pairs[5] = {};
-        this->template poll<5>(
-            kOnQkv, epoch, [&](int n) { pairs[n] = load_pair(qkv + at[n]); },
+        const Pair* qkv = static_cast<const Pair*>(u_.qkv);
+        Pair pairs[kLoads] = {};
+        this->template poll<kLoads>(
+            kOnQkv, epoch, [&](int n) { pairs[n] = load_pair(qkv + at(n)); },
             [&](int n) { return epoch_of(pairs[n]) == epoch; });
-        q = value_of(pairs[0]), k = value_of(pairs[1]), v = value_of(pairs[2]);
-        q_partner = value_of(pairs[3]), k_partner = value_of(pairs[4]);
+#pragma unroll
+        for (int n = 0; n < kLoads; n++) values[n] = value_of(pairs[n]);
       } else {
-        const float* qkv = static_cast<const float*>(u_.qkv) + first;
-        q = __ldcg(qkv + i), k = __ldcg(qkv + S::kHeadDim + i), v = __ldcg(qkv + 2 * S::kHeadDim + i);
-        q_partner = __ldcg(qkv + partner), k_partner = __ldcg(qkv + S::kHeadDim + partner);
+#pragma unroll
+        for (int n = 0; n < kLoads; n++) values[n] = __ldcg(static_cast<const float*>(u_.qkv) + at(n));
       }
       if (rotates) {
-        q = fmaf(q_partner, s, __fmul_rn(q, c));
-        k = fmaf(k_partner, s, __fmul_rn(k, c));
+#pragma unroll
+        for (int n = 0; n <= kQueries; n++) values[n] = fmaf(values[kQueries + 2 + n], s, __fmul_rn(values[n], c));
       }
-      const W k_rounded = from_float<W>(k), v_rounded = from_float<W>(v);
-      s_.query[i] = q * scale;
+      const W k_rounded = from_float<W>(values[kQueries]), v_rounded = from_float<W>(values[kQueries + 1]);
+#pragma unroll
+      for (int q = 0; q < kQueries; q++) s_.query[q * S::kHeadDim + i] = values[q] * scale;
       s_.key[i] = to_float(k_rounded);
       s_.value[i] = to_float(v_rounded);
-      if (split() == 0) {
-        const cuda::std::int64_t at = layer * cache.layer_stride + head() * cache.head_stride + position_ * cache.token_stride + i;
-        static_cast<W*>(cache.k)[at] = k_rounded;
-        static_cast<W*>(cache.v)[at] = v_rounded;
+      if (split() == 0 && this->bundle_of_group() == 0) {
+        const int head = kv_head();
+        const cuda::std::int64_t to = layer * cache.layer_stride + head * cache.head_stride + position_ * cache.token_stride + i;
+        static_cast<W*>(cache.k)[to] = k_rounded;
+        static_cast<W*>(cache.v)[to] = v_rounded;
         if (cache.k_new != nullptr) {
-          static_cast<W*>(cache.k_new)[head() * S::kHeadDim + i] = k_rounded;
-          static_cast<W*>(cache.v_new)[head() * S::kHeadDim + i] = v_rounded;
+          static_cast<W*>(cache.k_new)[head * S::kHeadDim + i] = k_rounded;
+          static_cast<W*>(cache.v_new)[head * S::kHeadDim + i] = v_rounded;
         }
       }
     }
   }
 
-  // The current token attends to itself: one warp.
-  __device__ void new_token(float* partial) {
+  // The current token attends to itself, with one query: one warp.
+  __device__ void new_token(float* partial, const float* query) {
     float dot = 0;
-    for (int i = lane_; i < S::kHeadDim; i += kWarpSize) dot = fmaf(s_.query[i], s_.key[i], dot);
+    for (int i = lane_; i < S::kHeadDim; i += kWarpSize) dot = fmaf(query[i], s_.key[i], dot);
     dot = warp_sum(dot);
     for (int i = lane_; i < S::kHeadDim; i += kWarpSize) partial[i] = s_.value[i];
     if (lane_ == 0) partial[S::kHeadDim] = dot, partial[S::kHeadDim + 1] = 1.0f;
@@ -175,10 +226,10 @@ class Attention : public CtaState<S> {
 
   // Whole tiles: of the last one, what lies beyond the position is copied and never looked at.
   __device__ auto fetcher(int layer) const {
-    return [this, first_head = layer * S::kHeads](int tile, char* to, cuda::std::uint64_t* barrier) {
+    return [this, first_head = layer * S::kKvHeads](int tile, char* to, cuda::std::uint64_t* barrier) {
       const int token = (split() + tile * S::kSplits) * Cached::kTokens;
-      tensor_copy(to, &k_map_, 0, token, first_head + head(), barrier);
-      tensor_copy(to + Cached::kValuesAt, &v_map_, 0, token, first_head + head(), barrier);
+      tensor_copy(to, &k_map_, 0, token, first_head + kv_head(), barrier);
+      tensor_copy(to + Cached::kValuesAt, &v_map_, 0, token, first_head + kv_head(), barrier);
     };
   }
 

@@ -16,10 +16,12 @@ namespace clusterfusion {
 
 __host__ __device__ constexpr int align16(int bytes) { return (bytes + 15) / 16 * 16; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Once a layer, as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the normed input, the
 // attention's output, the normed middle, h. Tile warps signal that they have done with one: that q, k, v are projected, so that
-// the attention's output may take x1's place; that up is, so that h may take x2's place; the sums of the output projection, with
+// the attention's output may take x1's place; that up is, so that h may take x2's place and, with a gate, that its sums are there;
+// the sums of the output projection, with
 // parallel residual those of the down projection too, otherwise these for themselves.
 enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kSignals };
 __host__ __device__ constexpr bool from_tiles(int signal) {
@@ -31,27 +33,33 @@ template <typename S>
 struct CtaTypes {
   using Share = CtaShare<S>;
   static constexpr int kPartial = kPartialFloats<S::kHeadDim>;
-  static constexpr int kVectorBytes = S::kHidden * 4;
+  static constexpr int kVectorBytes = S::kLongest * 4;
   static constexpr int kQkvRows = Share::most_rows(S::kQkvRows), kUpRows = Share::kMostUpRows;
   static constexpr int kOutRows = Share::most_rows(S::kHidden);
   // Where each matrix's biases start.
-  static constexpr int kUpBias = kQkvRows, kOutBias = kUpBias + kUpRows, kDownBias = kOutBias + kOutRows;
+  static constexpr int kUpBias = kQkvRows, kGateBias = kUpBias + kUpRows;
+  static constexpr int kOutBias = S::kGated ? kGateBias + kUpRows : kGateBias, kDownBias = kOutBias + kOutRows;
   static constexpr int kBiases = kDownBias + kOutRows;
   // Vectors in shared memory: the two normed x of the projections; later, in their place, the attention's output and h.
   static constexpr int kVectorsBytes = larger(2 * kVectorBytes, kVectorBytes + align16(S::kIntermediate * 2));
 
   using LocalTeam = PartialTeam<1, S::kVectorThreads, 0, 1>;
-  using PairTeam = PartialTeam<S::kMerged, S::kVectorThreads, 0, 1, kPartial < S::kVectorThreads ? kPartial : S::kVectorThreads>;
+  static constexpr int kPartialsFloats = S::kQueries * kPartial;  // of all heads of a bundle
+  using PairTeam = PartialTeam<S::kMerged, S::kVectorThreads, 0, 1, smaller(kPartialsFloats, S::kVectorThreads)>;
+  using Warp = AttentionWarpOf<typename S::W, typename Share::Cached, S::kQueries>;
   using Block = BlockSum<kNormSums, S::kVectorThreads>;
-  using Gather = ClusterGather<float, kPartial, S::kMerged, Exchange::direct>;
+  using Gather = ClusterGather<float, kPartialsFloats, S::kMerged, Exchange::direct>;
 
   struct Shared {
     alignas(128) char stages[S::kStages * S::kStageBytes];
     alignas(128) char cache_stages[S::kCacheStages * S::kCacheStageBytes];
     alignas(16) char vectors[kVectorsBytes];
-    float query[S::kHeadDim], key[S::kHeadDim], value[S::kHeadDim];
-    float slots[(S::kVectorWarps + 1) * kPartial];  // one a warp, and the new token
-    float o_sums[kOutRows * Share::HiddenTiles::kParts];
+    alignas(16) typename Warp::Scores scores[S::kVectorWarps];
+    alignas(16) float query[S::kQueries * S::kHeadDim];
+    float key[S::kHeadDim], value[S::kHeadDim];
+    float slots[(S::kVectorWarps + 1) * kPartialsFloats];  // one a warp, and the new token
+    float o_sums[kOutRows * Share::OutTiles::kParts];
+    float up_sums[S::kGated ? 2 * kUpRows : 1];  // of gates and what they are multiplied with, in turn
     float down_sums[kOutRows * Share::DownTiles::kParts];
     float biases[kBiases];
     float residual[kOutRows];                 // the whole step's: this CTA's rows

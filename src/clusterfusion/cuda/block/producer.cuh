@@ -11,6 +11,7 @@ class WeightProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::DownTiles;
   using typename Base::HiddenTiles;
+  using typename Base::OutTiles;
   using typename Base::WeightRing;
 
  public:
@@ -21,11 +22,11 @@ class WeightProducer : public CtaShare<S> {
   __device__ void run(const LayerTensors& w) {
     if constexpr (runs<kSegment>(Segment::project)) {
       if constexpr (S::kUpFirst) up(w);
-      rows<HiddenTiles>(w.qkv_weight, S::kQkvRows);
+      qkv(w);
       if constexpr (S::kParallel && !S::kUpFirst) up(w);
     }
     if constexpr (S::kParallel && runs<kSegment>(Segment::output)) rows<DownTiles>(w.down_weight, S::kHidden);
-    if constexpr (runs<kSegment>(Segment::output)) rows<HiddenTiles>(w.o_weight, S::kHidden);
+    if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
   }
@@ -33,7 +34,26 @@ class WeightProducer : public CtaShare<S> {
   __device__ void vocabulary(const void* lm_head, int vocabulary_rows) { rows<HiddenTiles>(lm_head, vocabulary_rows); }
 
  private:
-  __device__ void up(const LayerTensors& w) { between<HiddenTiles>(w.up_weight, this->up_from(), this->up_to()); }
+  __device__ void qkv(const LayerTensors& w) {
+    if constexpr (S::kFusedQkv) {
+      rows<HiddenTiles>(w.q_weight, S::kQkvRows);
+    } else {
+      pieces<HiddenTiles>(this->rows_from(S::kQkvRows), this->rows_to(S::kQkvRows), [&](int row) {
+        const QkvRow found = qkv_row<S>(w, row);
+        return Piece{at_row<HiddenTiles>(found.weight, found.row), found.run};
+      });
+    }
+  }
+
+  __device__ void up(const LayerTensors& w) {
+    if constexpr (S::kGated) {
+      pieces<HiddenTiles>(2 * this->up_from(), 2 * this->up_to(), [&](int row) {
+        return Piece{at_row<HiddenTiles>(row % 2 == 0 ? w.gate_weight : w.up_weight, row / 2), 1};
+      });
+    } else {
+      between<HiddenTiles>(w.up_weight, this->up_from(), this->up_to());
+    }
+  }
 
   // This CTA's rows of a matrix of `all_rows`.
   template <typename Tiles>
@@ -42,8 +62,35 @@ class WeightProducer : public CtaShare<S> {
   }
 
   template <typename Tiles>
+  static __device__ const char* at_row(const void* matrix, int row) {
+    return static_cast<const char*>(matrix) + static_cast<cuda::std::int64_t>(row) * Tiles::kRowBytes;
+  }
+
+  // Rows that lie in several matrices: find(row) says where a row is and how many follow it there. A tile is of as many copies as
+  // it has pieces.
+  struct Piece {
+    const char* from;
+    int rows;
+  };
+  template <typename Tiles, typename Find>
+  __device__ void pieces(int from, int to, Find find) {
+    static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
+    for (int first = from; first < to; first += Tiles::kRows) {
+      const int rows = min(Tiles::kRows, to - first);
+      char* stage = ring_.begin(rows * Tiles::kRowBytes);
+      for (int row = 0; row < rows;) {
+        const Piece piece = find(first + row);
+        const int taken = min(piece.rows, rows - row);
+        ring_.copy(stage + row * Tiles::kRowBytes, piece.from, taken * Tiles::kRowBytes);
+        row += taken;
+      }
+      ring_.end();
+    }
+  }
+
+  template <typename Tiles>
   __device__ void between(const void* matrix, int from, int to) {
-    const char* source = static_cast<const char*>(matrix) + static_cast<cuda::std::int64_t>(from) * Tiles::kRowBytes;
+    const char* source = at_row<Tiles>(matrix, from);
     if constexpr (Tiles::kParts == 1) {
       for (int row = from; row < to; row += Tiles::kRows) {
         const unsigned bytes = min(Tiles::kRows, to - row) * Tiles::kRowBytes;

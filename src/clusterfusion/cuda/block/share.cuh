@@ -5,6 +5,7 @@
 
 #include "ops/attention.cuh"
 #include "ops/gemv.cuh"
+#include "ops/norm.cuh"
 #include "ops/ring.cuh"
 #include "primitives/vector.cuh"
 
@@ -17,19 +18,22 @@ template <Segment kSegment>
 __host__ __device__ constexpr bool runs(Segment segment) {
   return kSegment == Segment::whole || kSegment == segment;
 }
-enum class Gelu { erf, tanh };
+enum class Activation { gelu_erf, gelu_tanh, silu };
+// Which dimensions of a head rotate together: i and i + rotary / 2, or 2 i and 2 i + 1.
+enum class Pairing { halves, neighbours };
 
-// One layer's weights. Null biases are absent.
+// One layer's weights. Null biases are absent. Where q, k and v are one matrix, q_weight and q_bias are all of it.
 struct LayerTensors {
   const void *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-  const void *qkv_weight, *qkv_bias, *o_weight, *o_bias, *up_weight, *up_bias, *down_weight, *down_bias;
+  const void *q_weight, *q_bias, *k_weight, *k_bias, *v_weight, *v_bias, *o_weight, *o_bias;
+  const void *gate_weight, *gate_bias, *up_weight, *up_bias, *down_weight, *down_bias;
 };
 
-// The cache of one layer or of all. Strides in elements: layer l, head h, token t at l * layer_stride + h * head_stride +
+// The cache of one layer or of all. Strides in elements: layer l, K/V head h, token t at l * layer_stride + h * head_stride +
 // t * token_stride. The tensor maps count heads through all layers.
 struct KvCache {
   void *k, *v;
-  void *k_new, *v_new;                   // of one layer: the current token's, [heads, head_dim], or null
+  void *k_new, *v_new;                   // of one layer: the current token's, [kv_heads, head_dim], or null
   cuda::std::int64_t layer_stride, head_stride, token_stride;
   cuda::std::int64_t max_len;            // tokens there is room for
 };
@@ -39,7 +43,7 @@ struct Workspace {
   const float *cos, *sin;                // a row a position, an angle a pair of dimensions
   cuda::std::int64_t table_stride;       // 0: one row, for the current position
   // Scratch, zero before first use.
-  void* qkv;                             // [3 * hidden], Pair of a whole layer, float of a segment
+  void* qkv;                             // [rows of q, k, v], Pair of a whole layer, float of a segment
   float* partials;                       // [heads, partials]
   void* h;                               // [intermediate]
   unsigned* counters;                    // kCounters, kCounterStride apart
@@ -50,7 +54,7 @@ struct Workspace {
 
 // A launch over one layer.
 struct LayerArguments {
-  TensorMap k_map, v_map;                // of the caches, as [heads, max_len, head_dim]
+  TensorMap k_map, v_map;                // of the caches, as [kv_heads, max_len, head_dim]
   LayerTensors layer;
   KvCache cache;
   Workspace workspace;
@@ -69,31 +73,45 @@ constexpr int kErrorClaim = 4, kErrorWords = 5;
 enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
-// projection's, which even out what that leaves uneven (up_row); head h is attended by CTAs [h * kSplits, (h + 1) * kSplits),
-// cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
-template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kHeadDim_, int kRotary_, Gelu kGelu_,
-          bool kParallel_, bool kUpFirst_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_,
-          int kStageBytes_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
+// projection's, which even out what that leaves uneven (up_row). kQueries query heads that share a K/V head make a bundle, all of
+// the group that shares it or a part of it: bundle b is attended by CTAs [b * kSplits, (b + 1) * kSplits), cached tiles dealt out
+// in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
+//
+// The projection's rows come K/V head by K/V head: the queries of the group, its key, its value. With kFusedQkv they lie so in one
+// matrix; otherwise in three. With kGated, row i of the up projection is a pair: row 2 i of what is streamed is its gate's.
+template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kKvHeads_, int kHeadDim_, int kRotary_,
+          Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_,
+          int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kStageBytes_,
+          int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
-  static constexpr int kHidden = kHidden_, kIntermediate = kIntermediate_, kHeads = kHeads_, kHeadDim = kHeadDim_;
-  static constexpr int kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_, kSplits = kSplits_;
+  static constexpr int kHidden = kHidden_, kIntermediate = kIntermediate_, kHeads = kHeads_, kKvHeads = kKvHeads_;
+  static constexpr int kHeadDim = kHeadDim_, kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_;
+  static constexpr int kQueries = kQueries_, kSplits = kSplits_;
   static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWindow = kWindow_;
   static constexpr int kTileTokens = kTileTokens_, kCacheStages = kCacheStages_, kCacheStageBytes = kCacheStageBytes_;
   static constexpr int kSharedBytes = kSharedBytes_;
-  static constexpr Gelu kGelu = kGelu_;
-  static constexpr bool kParallel = kParallel_, kUpFirst = kUpFirst_;
+  static constexpr Pairing kPairing = kPairing_;
+  static constexpr Norm kNorm = kNorm_;
+  static constexpr Activation kActivation = kActivation_;
+  static constexpr bool kGated = kGated_, kFusedQkv = kFusedQkv_, kParallel = kParallel_, kUpFirst = kUpFirst_;
   static_assert(kParallel || !kUpFirst, "sequential residual goes to the up projection by way of o");
   // Warps by their role, in this order: vectors, tiles, and one that fetches weights.
   static constexpr int kVectorThreads = kVectorWarps * kWarpSize, kTileThreads = kWarps * kWarpSize;
   static constexpr int kConsumers = kVectorThreads + kTileThreads, kThreads = kConsumers + kWarpSize;
-  static constexpr int kQkvRows = 3 * kHidden;
-  static_assert(kHeads * kSplits <= kCtas, "one CTA for each part of a head");
-  static_assert(kSplits == 1 || kSplits % kCluster == 0, "a cluster works on one head");
+  static constexpr int kQSize = kHeads * kHeadDim, kKvSize = kKvHeads * kHeadDim;  // elements of the queries, of the keys
+  static constexpr int kGroup = kHeads / kKvHeads;                     // query heads that share a K/V head
+  static constexpr int kGroupRows = (kGroup + 2) * kHeadDim, kQkvRows = kKvHeads * kGroupRows;
+  static constexpr int kUpTimes = kGated ? 2 : 1;                      // rows streamed for a row of the up projection
+  static constexpr int kBundles = kHeads / kQueries;
+  static_assert(kHeads % kKvHeads == 0 && kGroup % kQueries == 0, "a bundle's heads share a K/V head");
+  static_assert(kBundles * kSplits <= kCtas, "one CTA for each part of a bundle");
+  static_assert(kSplits == 1 || kSplits % kCluster == 0, "a cluster works on one bundle");
   static constexpr int kMerged = kSplits == 1 ? 1 : kCluster;          // CTAs that merge over DSMEM
   static constexpr int kPartials = kSplits / kMerged;                  // partials of a head in global memory
+  static constexpr int kLongest = kHidden > kQSize ? kHidden : kQSize; // fp32 vector that rows are multiplied by
 };
 
 template <int kCtas>
@@ -105,17 +123,20 @@ __device__ __forceinline__ int first_row(int rows, int cta) {
 // to within a row. Where a CTA has too few rows of it to make up for a row of every other matrix, it is dealt out as they are.
 template <typename S>
 __device__ __forceinline__ int up_row(int cta) {
-  constexpr long long kOut = S::kHidden + S::kIntermediate;  // elements of a row of o and one of down
-  constexpr long long kLayer = S::kHidden * (S::kQkvRows + S::kIntermediate + kOut);
+  constexpr long long kOut = S::kQSize + S::kIntermediate;  // elements of a row of o and one of down
+  constexpr long long kUp = S::kUpTimes * S::kHidden;       // and of a row of up
+  constexpr long long kLayer = S::kHidden * (S::kQkvRows + kOut) + kUp * S::kIntermediate;
   if constexpr (S::kIntermediate < (kOut / S::kHidden + 3) * S::kCtas) return first_row<S::kCtas>(S::kIntermediate, cta);
   const long long others = static_cast<long long>(first_row<S::kCtas>(S::kQkvRows, cta)) * S::kHidden +
                            first_row<S::kCtas>(S::kHidden, cta) * kOut;
-  return static_cast<int>((kLayer * cta / S::kCtas - others) / S::kHidden);
+  return static_cast<int>((kLayer * cta / S::kCtas - others) / kUp);
 }
 
-template <Gelu kGelu>
-__device__ __forceinline__ float gelu(float x) {
-  if constexpr (kGelu == Gelu::erf) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+// GELU (Hendrycks and Gimpel 2016), exact or by tanh, and SiLU, x / (1 + e^-x).
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float x) {
+  if constexpr (kActivation == Activation::silu) return x / (1.0f + expf(-x));
+  if constexpr (kActivation == Activation::gelu_erf) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
   const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
   return 0.5f * x * (1.0f + tanhf(inner));
 }
@@ -132,18 +153,34 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// A layer's tensors, looked up anew at each use, for the same reason: twelve addresses are 24 registers.
+// A layer's tensors, looked up anew at each use, for the same reason: eighteen addresses are 36 registers.
 struct LayerOf {
   const LayerTensors* layers;
   int layer;
   __device__ __forceinline__ const LayerTensors& now() const { return layers[opaque(layer)]; }
 };
 
-// Vector `which` of kHidden fp32 elements in shared memory.
+// Vector `which` of at most kLongest fp32 elements in shared memory.
 template <typename S>
 __device__ __forceinline__ SplitVector split_vector(char* vectors, int which) {
-  float4* base = reinterpret_cast<float4*>(vectors + which * S::kHidden * 4);
-  return {base, base + S::kHidden / kVector};
+  float4* base = reinterpret_cast<float4*>(vectors + which * S::kLongest * 4);
+  return {base, base + S::kLongest / kVector};
+}
+
+// Where a row of the projection of q, k, v lies when they are three matrices: which one, which row of it, and how many rows of the
+// projection follow one another there from this one on.
+struct QkvRow {
+  const void *weight, *bias;
+  int row, run;
+};
+template <typename S>
+__device__ __forceinline__ QkvRow qkv_row(const LayerTensors& w, int row) {
+  constexpr int kQueryRows = S::kGroup * S::kHeadDim;
+  const int group = row / S::kGroupRows, at = row % S::kGroupRows;
+  if (at < kQueryRows) return {w.q_weight, w.q_bias, group * kQueryRows + at, kQueryRows - at};
+  const bool key = at < kQueryRows + S::kHeadDim;
+  const int of_head = at - kQueryRows - (key ? 0 : S::kHeadDim);
+  return {key ? w.k_weight : w.v_weight, key ? w.k_bias : w.v_bias, group * S::kHeadDim + of_head, S::kHeadDim - of_head};
 }
 
 // A CTA's share of the work, as all its warps see it.
@@ -151,14 +188,16 @@ template <typename S>
 class CtaShare {
  public:
   using W = typename S::W;
-  using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;
+  using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;  // of the projections and the LM head
+  using OutTiles = RowTiles<S::kQSize, S::kStageBytes>;
   using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kCacheStageBytes>;
   using WeightRing = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
   using CacheStages = OwnStages<S::kCacheStages, S::kCacheStageBytes, S::kVectorWarps>;
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
-  static constexpr int kMostUpRows = most_rows(S::kIntermediate) + 3 + (S::kIntermediate + S::kHidden - 1) / S::kHidden;
+  static constexpr int kMostUpRows =
+      most_rows(S::kIntermediate) + 2 + (S::kQSize + S::kIntermediate + S::kHidden - 1) / S::kHidden;
 
   __device__ explicit CtaShare(int position) : cta_(blockIdx.x), position_(position) {}
 
@@ -167,12 +206,19 @@ class CtaShare {
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
   __device__ int up_from() const { return up_row<S>(cta_); }
   __device__ int up_to() const { return up_row<S>(cta_ + 1); }
-  __device__ bool attends() const { return cta_ < S::kHeads * S::kSplits; }
-  __device__ int head() const { return cta_ / S::kSplits; }
+  __device__ bool attends() const { return cta_ < S::kBundles * S::kSplits; }
+  __device__ int bundle() const { return cta_ / S::kSplits; }
+  __device__ int kv_head() const { return bundle() / (S::kGroup / S::kQueries); }
+  __device__ int bundle_of_group() const { return bundle() % (S::kGroup / S::kQueries); }
   __device__ int split() const { return cta_ % S::kSplits; }
   __device__ int cached_tiles() const {  // of this CTA
     const int all = (position_ + Cached::kTokens - 1) / Cached::kTokens;
     return attends() ? (all - split() + S::kSplits - 1) / S::kSplits : 0;
+  }
+  // Partials of a head that hold anything: a cluster without a cached token has left none, but for the first, which has the new one.
+  __device__ int used_partials() const {
+    const int tiles = (position_ + Cached::kTokens - 1) / Cached::kTokens;
+    return max(1, min(S::kPartials, (tiles + S::kMerged - 1) / S::kMerged));
   }
   __device__ int tile_tokens(int tile) const { return min(Cached::kTokens, position_ - (split() + tile * S::kSplits) * Cached::kTokens); }
 

@@ -12,6 +12,7 @@ class TileWarps : public CtaState<S> {
   using Base = CtaState<S>;
   using typename Base::DownTiles;
   using typename Base::HiddenTiles;
+  using typename Base::OutTiles;
   using typename Base::W;
   using Base::kUpBias;
   using Base::kVectorBytes;
@@ -28,8 +29,7 @@ class TileWarps : public CtaState<S> {
       : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_, lane_),
         trace_(trace) {}
 
-  // One layer, or a segment of it; `layer` and `epoch` as for VectorWarps. kFaultCta, for tests: that CTA never arrives
-  // for its part of h.
+  // One layer, or a segment of it; `layer`, `epoch` and kFaultCta as for VectorWarps.
   template <Segment kSegment, int kFaultCta = -1>
   __device__ void run(unsigned epoch, int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
@@ -59,7 +59,7 @@ class TileWarps : public CtaState<S> {
       trace_.mark(TraceEvent::o_wait);
       this->await(kAttended, layer);
       trace_.mark(TraceEvent::o_begin);
-      gemv_parts<HiddenTiles>(out_rows, x1, s_.o_sums);
+      gemv_parts<OutTiles>(out_rows, x1, s_.o_sums);
       this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
@@ -92,11 +92,17 @@ class TileWarps : public CtaState<S> {
   template <bool kWhole, int kFaultCta>
   __device__ void up() {
     const int first = this->up_from(), rows = this->up_to() - first;
-    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 1), [&](int row, float value) {
-      static_cast<W*>(u_.h)[first + row] = from_float<W>(gelu<S::kGelu>(value + s_.biases[kUpBias + row]));
-    });
-    this->signal(kExpanded);
-    if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
+    const SplitVector x2 = split_vector<S>(s_.vectors, 1);
+    if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
+      gemv_rows<HiddenTiles>(2 * rows, x2, [&](int row, float value) { s_.up_sums[row] = value; });
+      this->signal(kExpanded);
+    } else {
+      gemv_rows<HiddenTiles>(rows, x2, [&](int row, float value) {
+        static_cast<W*>(u_.h)[first + row] = from_float<W>(activate<S::kActivation>(value + s_.biases[kUpBias + row]));
+      });
+      this->signal(kExpanded);
+      if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
+    }
     trace_.mark(TraceEvent::up_done);
   }
 

@@ -9,7 +9,7 @@ namespace clusterfusion {
 
 // Where the counters stand once all have arrived for a layer.
 struct LayerTargets {
-  unsigned all_ctas, all_heads;
+  unsigned all_ctas, all_bundles;
 };
 
 // Tracer: a Trace of trace.cuh, or NoTrace, which costs nothing.
@@ -17,11 +17,12 @@ template <typename S, typename Tracer = NoTrace>
 class VectorWarps : public Attention<S> {
   using Base = Attention<S>;
   using typename Base::DownTiles;
-  using typename Base::HiddenTiles;
   using typename Base::W;
   using Base::block_sync;
+  using typename Base::OutTiles;
   using Base::kBiases;
   using Base::kDownBias;
+  using Base::kGateBias;
   using Base::kOutBias;
   using Base::kUpBias;
   using Base::kVectorBytes;
@@ -44,8 +45,8 @@ class VectorWarps : public Attention<S> {
       : Base(workspace, k_map, v_map, position, shared), trace_(trace) {}
 
   // One layer, or a segment of it. `layer` counts those of a launch, `epoch` names the
-  // layer's tagged values.
-  template <Segment kSegment, typename Residual>
+  // layer's tagged values. kFaultCta, for tests: that CTA never arrives for its part of h.
+  template <Segment kSegment, int kFaultCta = -1, typename Residual>
   __device__ void run(
       const LayerOf& w, const KvCache& cache, Residual& residual, const LayerTargets& targets, unsigned epoch,
       int layer) {
@@ -71,9 +72,10 @@ class VectorWarps : public Attention<S> {
           [&] { store_biases(biases); });
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
+      if constexpr (S::kGated && S::kParallel && !kWhole) finish_hidden<kWhole, kFaultCta>(layer);
     }
     // With parallel residual h comes as soon as the tile warps want it.
-    if constexpr (S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole>(targets, layer);
+    if constexpr (S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole, kFaultCta>(targets, layer);
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
         trace_.mark(TraceEvent::attention_wait);
@@ -83,12 +85,14 @@ class VectorWarps : public Attention<S> {
         trace_.mark(TraceEvent::attention_done);
       }
     }
-    if constexpr (S::kParallel && !S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole>(targets, layer);
+    if constexpr (S::kParallel && !S::kUpFirst && runs<kSegment>(Segment::output)) {
+      bring_hidden<kWhole, kFaultCta>(targets, layer);
+    }
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::output_wait);
-      if constexpr (kWhole) this->wait(kAttentionDone, targets.all_heads, kOnAttention);
+      if constexpr (kWhole) this->wait(kAttentionDone, targets.all_bundles, kOnAttention);
       trace_.mark(TraceEvent::output_begin);
-      this->template load_attention<kWhole, kItems>(x1, layer);
+      this->template load_attention<kWhole>(x1, layer);
       this->signal(kAttended);
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
@@ -115,9 +119,10 @@ class VectorWarps : public Attention<S> {
           [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
           [&] { if constexpr (!kWhole) store_biases(biases); }, 1);
       this->signal(kMiddleNormed);
+      if constexpr (S::kGated && !kWhole) finish_hidden<kWhole, kFaultCta>(layer);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
-      bring_hidden<kWhole>(targets, layer);
+      bring_hidden<kWhole, kFaultCta>(targets, layer);
       if constexpr (!kWhole) store_biases(biases), block_sync();
       trace_.mark(TraceEvent::sums_wait);
       this->await(kDownSums, layer);
@@ -144,8 +149,9 @@ class VectorWarps : public Attention<S> {
 #pragma unroll
     for (int i = 0; i < kBiasItems; i++) {
       const int at = i * kThreads + thread_;
-      biases[i] = at < kUpBias     ? bias(w.now().qkv_bias, rows_from(S::kQkvRows) + at, rows_to(S::kQkvRows))
-                  : at < kOutBias  ? bias(w.now().up_bias, this->up_from() + at - kUpBias, this->up_to())
+      biases[i] = at < kUpBias     ? qkv_bias(w.now(), rows_from(S::kQkvRows) + at, rows_to(S::kQkvRows))
+                  : at < kGateBias ? bias(w.now().up_bias, this->up_from() + at - kUpBias, this->up_to())
+                  : at < kOutBias  ? bias(w.now().gate_bias, this->up_from() + at - kGateBias, this->up_to())
                   : at < kDownBias ? bias(w.now().o_bias, rows_from(S::kHidden) + at - kOutBias, rows_to(S::kHidden))
                   : at < kBiases   ? bias(w.now().down_bias, rows_from(S::kHidden) + at - kDownBias, rows_to(S::kHidden))
                                    : 0.0f;
@@ -153,6 +159,14 @@ class VectorWarps : public Attention<S> {
   }
   static __device__ float bias(const void* vector, int row, int end) {
     return row < end ? load_or_zero<W>(vector, row) : 0.0f;
+  }
+  static __device__ float qkv_bias(const LayerTensors& w, int row, int end) {
+    if constexpr (S::kFusedQkv) {
+      return bias(w.q_bias, row, end);
+    } else {
+      const QkvRow found = qkv_row<S>(w, row);
+      return row < end ? load_or_zero<W>(found.bias, found.row) : 0.0f;
+    }
   }
   __device__ void store_biases(const float (&biases)[kBiasItems]) {
 #pragma unroll
@@ -165,9 +179,10 @@ class VectorWarps : public Attention<S> {
   // What read(values) gives, normed into vector `to`; with kBoth by norm 1 into the first and by norm 2 into the second, from
   // the same statistics. norm_of(n): weight and bias of norm 1, then of norm 2; asked for before read, which may wait. stage()
   // runs behind the sums' barriers, when nobody of the vector warps is still at work on what came before.
-  template <bool kBoth, typename Norm, typename Read, typename Stage>
-  __device__ void normalise(Norm norm_of, Read read, Stage stage, int to = 0) {
+  template <bool kBoth, typename NormOf, typename Read, typename Stage>
+  __device__ void normalise(NormOf norm_of, Read read, Stage stage, int to = 0) {
     OwnSums block(s_.block);
+    constexpr bool kCentred = S::kNorm == Norm::layer_norm;  // the other one has no bias
     constexpr int kNorms = kBoth ? 4 : 2;
     constexpr bool kEarly = kItems <= 16;  // with more, norm weights would not fit beside the values
     Vector<W, 4> norm[kEarly ? kItems / 4 : 1][kNorms] = {};
@@ -175,7 +190,7 @@ class VectorWarps : public Attention<S> {
     int valid = 0;
     const auto load_norm = [&](int quad, int i) {
 #pragma unroll
-      for (int n = 0; n < kNorms; n++) norm[i][n] = static_cast<const Vector<W, 4>*>(norm_of(n))[quad];
+      for (int n = 0; n < kNorms; n += kCentred ? 1 : 2) norm[i][n] = static_cast<const Vector<W, 4>*>(norm_of(n))[quad];
     };
     for_my_quads<S>(values, [&](int quad, float* at) {
       if constexpr (kEarly) load_norm(quad, (at - values) / 4);
@@ -183,7 +198,12 @@ class VectorWarps : public Attention<S> {
     });
     read(values);
     trace_.mark(TraceEvent::residual_read);
-    const NormTransform t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
+    NormTransform t;
+    if constexpr (kCentred) {
+      t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
+    } else {
+      t = rms_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
+    }
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
       if constexpr (!kEarly) load_norm(quad, 0);
@@ -193,8 +213,25 @@ class VectorWarps : public Attention<S> {
     stage();
   }
 
-  template <bool kWhole>
+  // With a gate: this CTA's rows of h, of what the tile warps have summed.
+  template <bool kWhole, int kFaultCta>
+  __device__ void finish_hidden(int layer) {
+    this->await(kExpanded, layer);
+    const int first = this->up_from(), rows = this->up_to() - first;
+    for (int row = thread_; row < rows; row += kThreads) {
+      const float gate = s_.up_sums[2 * row] + s_.biases[kGateBias + row];
+      const float up = s_.up_sums[2 * row + 1] + s_.biases[kUpBias + row];
+      static_cast<W*>(u_.h)[first + row] = from_float<W>(activate<S::kActivation>(gate) * up);
+    }
+    if constexpr (kWhole) {
+      block_sync();
+      if (thread_ == 0 && (kFaultCta < 0 || this->cta_ != kFaultCta)) grid_arrive(this->counter(kHiddenDone));
+    }
+  }
+
+  template <bool kWhole, int kFaultCta>
   __device__ void bring_hidden(const LayerTargets& targets, int layer) {
+    if constexpr (S::kGated && kWhole) finish_hidden<kWhole, kFaultCta>(layer);
     trace_.mark(TraceEvent::down_wait);
     if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas, kOnHidden);
     trace_.mark(TraceEvent::down_begin);
@@ -214,7 +251,7 @@ class VectorWarps : public Attention<S> {
       for (int i = 0; i < kTogether; i++) {
         if (first + i * kThreads < kVectors) h[i] = __ldcg(static_cast<const uint4*>(u_.h) + first + i * kThreads);
       }
-      if constexpr (kWhole) this->await(kExpanded, layer);
+      if constexpr (kWhole && !S::kGated) this->await(kExpanded, layer);  // with a gate, this role has finished them itself
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         if (first + i * kThreads < kVectors) to[first + i * kThreads] = h[i];
@@ -256,7 +293,7 @@ class VectorWarps : public Attention<S> {
   }
 
   // A row of the output projection, and of the down projection, with its bias.
-  __device__ float output_row(int row) const { return folded<HiddenTiles>(s_.biases[kOutBias + row], s_.o_sums, row); }
+  __device__ float output_row(int row) const { return folded<OutTiles>(s_.biases[kOutBias + row], s_.o_sums, row); }
   __device__ float down_row(int row) const { return folded<DownTiles>(s_.biases[kDownBias + row], s_.down_sums, row); }
   template <typename Tiles>
   static __device__ float folded(float value, const float* sums, int row) {

@@ -1,4 +1,5 @@
-// Decode attention of one query head over cached tokens, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
+// Decode attention over cached tokens, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): of one query head, or of
+// several that share the keys and values (grouped-query attention, Ainslie et al. 2023), which then are read once for all of them.
 //
 // A tile holds kTokens keys and, behind them, their values, token after token. Tile t of a CTA's share goes to slot
 // t % kSlots, one warp each; slots are merged in order, then the CTAs of the cluster in rank order, so the bits depend on
@@ -6,8 +7,10 @@
 #pragma once
 
 #include <cuda/std/limits>
+#include <cuda/std/type_traits>
 
 #include "ops/gemv.cuh"
+#include "primitives/vector.cuh"
 
 namespace clusterfusion {
 
@@ -41,9 +44,9 @@ struct AttentionLane {
       : token(lane / Tiles::kLanes), chunk(lane % Tiles::kLanes), active(lane < Tiles::kTogether * Tiles::kLanes) {}
 };
 
-// Sum over the kLanes lanes of a group, left on all of them. A fixed order: halving strides from the next power of two.
+// Sum over the kLanes lanes of a group, left on its first one. A fixed order: halving strides from the next power of two.
 template <int kLanes>
-__device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
+__device__ __forceinline__ float group_sum_of_first(float value, int chunk) {
 #pragma unroll
   for (int stride = 16; stride > 0; stride /= 2) {
     if (stride < kLanes) {
@@ -51,14 +54,21 @@ __device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
       if (chunk < stride && chunk + stride < kLanes) value += other;
     }
   }
+  return value;
+}
+// The same, left on all lanes of the group.
+template <int kLanes>
+__device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
+  value = group_sum_of_first<kLanes>(value, chunk);
   return kLanes > 1 ? __shfl_sync(kAllLanes, value, leader) : value;
 }
 
-// One warp's running state over its tiles.
+// One warp's running state over its tiles, of one query head: all of it in registers.
 template <typename W, typename Tiles>
 class AttentionWarp {
  public:
-  __device__ AttentionWarp(int lane, const float* query) : at_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
+  struct Scores {};  // needs no memory of its own
+  __device__ AttentionWarp(int lane, const float* query, Scores&) : at_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
 #pragma unroll
     for (int k = 0; k < kVector; k++) q_[k] = at_.active ? query[at_.chunk * kVector + k] : 0.0f, values_[k] = 0.0f;
   }
@@ -107,7 +117,7 @@ class AttentionWarp {
   }
 
   // Folds the warp's token groups in order and writes the slot's partial: values [kHeadDim], then maximum and sum.
-  __device__ __forceinline__ void store(float* partial) {
+  __device__ __forceinline__ void store(float* partial, int) {
     float sum = 0, values[kVector] = {};
 #pragma unroll
     for (int group = 0; group < Tiles::kTogether; group++) {
@@ -129,6 +139,145 @@ class AttentionWarp {
   float q_[kVector], values_[kVector];
   float maximum_ = -kInfinity, sum_ = 0;
 };
+
+// The same for kQueries query heads over the same keys and values. Scores go through shared memory, where lanes change their part:
+// for scores, lanes share a token, as above; for the softmax, kHeadLanes lanes share a query head; for the values, lanes share out
+// the dimensions, two each, and take the tokens in order. So what a lane keeps from tile to tile is small for any number of heads.
+template <typename W, typename Tiles, int kQueries>
+class GroupedAttentionWarp {
+  static constexpr int kStride = kQueries <= 2 ? kQueries : (kQueries + 3) / 4 * 4;  // of a token's scores: whole accesses
+  static constexpr int kAccess = kStride < 4 ? kStride : 4;
+  static constexpr int kHeadLanes = kQueries <= 2 ? 16 : kQueries <= 4 ? 8 : kQueries <= 8 ? 4 : kQueries <= 16 ? 2 : 1;
+  static constexpr int kPairs = Tiles::kHeadDim / 2, kSteps = (kPairs + kWarpSize - 1) / kWarpSize;
+  static_assert(kQueries > 1 && kQueries <= kWarpSize, "a lane for every head");
+
+ public:
+  struct Scores {
+    alignas(16) float of[Tiles::kTokens * kStride];  // token after token
+  };
+
+  // `queries` [kQueries, kHeadDim] in shared memory.
+  __device__ GroupedAttentionWarp(int lane, const float* queries, Scores& scores)
+      : at_(lane), lane_(lane), head_(lane / kHeadLanes), queries_(queries), scores_(scores.of) {}
+
+  __device__ __forceinline__ void add_tile(const char* data, int tokens) {
+    score(reinterpret_cast<const uint4*>(data), tokens);
+    __syncwarp();
+    const float keep = soften(tokens);
+    __syncwarp();
+#pragma unroll
+    for (int q = 0; q < kQueries; q++) {
+      const float mine = __shfl_sync(kAllLanes, keep, q * kHeadLanes);
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) values_[q][step].x *= mine, values_[q][step].y *= mine;
+    }
+    weigh(reinterpret_cast<const unsigned*>(data + Tiles::kValuesAt), tokens);
+    __syncwarp();  // all have read the scores
+  }
+
+  // Writes the slot's partials, `stride` floats apart.
+  __device__ __forceinline__ void store(float* partials, int stride) {
+    float sum = sum_;
+#pragma unroll
+    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+    if (head_ < kQueries && lane_ % kHeadLanes == 0) {
+      partials[head_ * stride + Tiles::kHeadDim] = maximum_;
+      partials[head_ * stride + Tiles::kHeadDim + 1] = sum;
+    }
+#pragma unroll
+    for (int q = 0; q < kQueries; q++) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        const int pair = step * kWarpSize + lane_;
+        if (pair < kPairs) *reinterpret_cast<float2*>(partials + q * stride + 2 * pair) = values_[q][step];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void score(const uint4* keys, int tokens) {
+#pragma unroll 1
+    for (int first = 0; first < tokens; first += Tiles::kTogether) {
+      const int token = first + at_.token;
+      const bool valid = at_.active && token < tokens;
+      float k[kVector] = {};
+      if (valid) unpack8<W>(keys[token * Tiles::kLanes + at_.chunk], k);
+      float dots[kQueries];
+#pragma unroll
+      for (int q = 0; q < kQueries; q++) {
+        const float4* query = reinterpret_cast<const float4*>(queries_ + q * Tiles::kHeadDim) + (at_.active ? 2 * at_.chunk : 0);
+        const float4 low = query[0], high = query[1];
+        float dot = fmaf(low.x, k[0], 0.0f);
+        dot = fmaf(low.y, k[1], dot), dot = fmaf(low.z, k[2], dot), dot = fmaf(low.w, k[3], dot);
+        dot = fmaf(high.x, k[4], dot), dot = fmaf(high.y, k[5], dot), dot = fmaf(high.z, k[6], dot);
+        dots[q] = fmaf(high.w, k[7], dot);
+      }
+#pragma unroll
+      for (int q = 0; q < kQueries; q++) dots[q] = group_sum_of_first<Tiles::kLanes>(dots[q], at_.chunk);
+      if (valid && at_.chunk == 0) {
+#pragma unroll
+        for (int q = 0; q < kQueries; q++) scores_[token * kStride + q] = dots[q];
+      }
+    }
+  }
+
+  // Scores to weights, in place. Returns, on a head's lanes, what remains of its sums so far.
+  __device__ __forceinline__ float soften(int tokens) {
+    float highest = -kInfinity;
+    const bool mine = head_ < kQueries;
+    for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
+      if (mine) highest = fmaxf(highest, scores_[token * kStride + head_]);
+    }
+#pragma unroll
+    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
+    const float maximum = fmaxf(maximum_, highest);
+    const float base = maximum == -kInfinity ? 0.0f : maximum;  // a key that overflowed can put all scores at -infinity
+    const float keep = exp2f(maximum_ - base);
+    maximum_ = maximum;
+    sum_ *= keep;
+    for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
+      if (!mine) continue;
+      const float p = exp2f(scores_[token * kStride + head_] - base);
+      scores_[token * kStride + head_] = p;
+      sum_ += p;
+    }
+    return keep;
+  }
+
+  __device__ __forceinline__ void weigh(const unsigned* values, int tokens) {
+#pragma unroll 2
+    for (int token = 0; token < tokens; token++) {
+      float2 v[kSteps];
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        const int pair = step * kWarpSize + lane_;
+        v[step] = pair < kPairs ? unpack(values[token * kPairs + pair], W()) : make_float2(0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int first = 0; first < kQueries; first += kAccess) {
+        const auto p = *reinterpret_cast<const Vector<float, kAccess>*>(scores_ + token * kStride + first);
+#pragma unroll
+        for (int q = first; q < first + kAccess && q < kQueries; q++) {
+#pragma unroll
+          for (int step = 0; step < kSteps; step++) {
+            values_[q][step].x = fmaf(p.element[q - first], v[step].x, values_[q][step].x);
+            values_[q][step].y = fmaf(p.element[q - first], v[step].y, values_[q][step].y);
+          }
+        }
+      }
+    }
+  }
+
+  AttentionLane<Tiles> at_;
+  int lane_, head_;  // whose softmax this lane works on
+  const float* queries_;
+  float* scores_;
+  float2 values_[kQueries][kSteps] = {};
+  float maximum_ = -kInfinity, sum_ = 0;  // of head_; this lane's tokens
+};
+
+template <typename W, typename Tiles, int kQueries>
+using AttentionWarpOf = cuda::std::conditional_t<kQueries == 1, AttentionWarp<W, Tiles>, GroupedAttentionWarp<W, Tiles, kQueries == 1 ? 2 : kQueries>>;
 
 // Partials in memory: kHeadDim values, maximum, sum; padded to whole 16-byte vectors.
 template <int kHeadDim>

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
     for (int layer = 0; layer < kLayers; layer++) {
       trace.layer(layer);
       const unsigned epoch = a.launch * kLayers + layer + 1;
-      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kHeads * S::kPartials)};
-      vectors.template run<Segment::whole>(LayerOf{a.layers, layer}, a.cache, residual, targets, epoch, layer);
+      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles * S::kPartials)};
+      vectors.template run<Segment::whole, kFaultCta>(LayerOf{a.layers, layer}, a.cache, residual, targets, epoch, layer);
       residual.advance();
     }
     trace.layer(kLayers);

@@ -1,4 +1,4 @@
-// decoder_block: one GPT-NeoX decoder layer at one token, as one cooperative launch with clusters, or cut into segments.
+// decoder_block: one decoder layer at one token, as one cooperative launch with clusters, or cut into segments.
 // Host twin: jit/decoder_block.py. Plan: plan/block.py.
 #include "block/producer.cuh"
 #include "block/tiles.cuh"
@@ -18,7 +18,10 @@ __device__ void refuse(CtaState<S>& cta, const LayerArguments& arguments, int po
   const int last = first_row<S::kCtas>(S::kHidden, blockIdx.x + 1);
   for (int i = first_row<S::kCtas>(S::kHidden, blockIdx.x) + threadIdx.x; i < last; i += S::kVectorThreads) {
     if constexpr (kWritesOut) static_cast<X*>(arguments.out)[i] = from_float<X>(kNaN);
-    if (runs<kSegment>(Segment::attend) && arguments.cache.k_new != nullptr) {
+  }
+  if (runs<kSegment>(Segment::attend) && arguments.cache.k_new != nullptr) {
+    const int end = first_row<S::kCtas>(S::kKvSize, blockIdx.x + 1);
+    for (int i = first_row<S::kCtas>(S::kKvSize, blockIdx.x) + threadIdx.x; i < end; i += S::kVectorThreads) {
       static_cast<W*>(arguments.cache.k_new)[i] = from_float<W>(kNaN);
       static_cast<W*>(arguments.cache.v_new)[i] = from_float<W>(kNaN);
     }
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   } else {
     VectorWarps<S> vectors(arguments.workspace, arguments.k_map, arguments.v_map, position, shared, trace);
     if (in_cache) {
-      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kHeads * S::kPartials)};
+      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles * S::kPartials)};
       LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);
       vectors.template run<kSegment>(LayerOf{&arguments.layer, 0}, arguments.cache, residual, targets, epoch, 0);
       if (kWhole && blockIdx.x == 0 && threadIdx.x == 0) grid_count(vectors.counter(kLaunchDone));

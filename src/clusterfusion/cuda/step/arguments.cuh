@@ -18,7 +18,7 @@ struct StepState {
 // Passed by value: a launch knows its position and, after a prompt, its token; nothing has to be fetched first.
 template <int kLayers>
 struct StepArguments {
-  TensorMap k_map, v_map;                              // of the whole caches, as [layers * heads, max_len, head_dim]
+  TensorMap k_map, v_map;                              // of the whole caches, as [layers * kv_heads, max_len, head_dim]
   Workspace workspace;
   KvCache cache;
   const void *embedding, *norm_weight, *norm_bias, *lm_head;
@@ -36,6 +36,6 @@ struct StepArguments {
   unsigned launch;                                     // number of the launch over this memory, from 0
   LayerTensors layers[kLayers];
 };
-static_assert(sizeof(StepArguments<2>) == 768 && sizeof(Candidate) == 16 && sizeof(LayerTensors) == 96, "jit/decode_step.py lays out the same struct");
+static_assert(sizeof(StepArguments<2>) == 896 && sizeof(Candidate) == 16 && sizeof(LayerTensors) == 144, "jit/decode_step.py lays out the same struct");
 
 }  // namespace clusterfusion

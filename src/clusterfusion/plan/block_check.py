@@ -1,0 +1,78 @@
+"""That the schedule of one decoder layer reads everything once and makes progress. plan/step_check.py proves more, of a whole
+step."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from clusterfusion.plan.sizes import qkv_rows
+
+if TYPE_CHECKING:
+    from clusterfusion.plan.block import BlockPlan, Role, Step
+
+    Schedule = Callable[[BlockPlan, int, Role], Iterable[Step]]
+
+
+def check_coverage(plan: BlockPlan, schedule: Schedule) -> None:
+    """Every row of every matrix is read once, and every row of q, k and v published."""
+    c = plan.config
+    sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
+    dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
+    for cta in range(plan.ctas):
+        for step in schedule(plan, cta, "tiles"):
+            if step.kind in ("read", "publish") and step.rows:
+                dealt[step.kind, step.name].append(step.rows)
+    for kind, name in [*(("read", name) for name in sizes), ("publish", "qkv")]:
+        end = 0
+        for rows in sorted(dealt[kind, name], key=lambda r: r.start):
+            check(rows.start == end, f"every row of {name} is {kind} once", rows)
+            end = rows.stop
+        check(end == sizes[name], f"all rows of {name} are {kind}", end)
+
+
+def check_progress(plan: BlockPlan, schedule: Schedule) -> None:
+    """Runs all roles of all CTAs against one another: all resident, each as far as its waits let it. Every signal is awaited,
+    or it would say nothing."""
+    counters: collections.Counter[str] = collections.Counter()
+    published = bytearray(qkv_rows(plan.config))  # rows of q, k and v
+    pending = {
+        (cta, role): collections.deque(schedule(plan, cta, role))
+        for cta in range(plan.ctas)
+        for role in ("vectors", "tiles")
+    }
+    signals, awaits = (
+        {(cta, step.name) for (cta, _), steps in pending.items() for step in steps if step.kind == kind}
+        for kind in ("signal", "await")
+    )
+    check(signals <= awaits, "every signal is awaited", sorted(signals - awaits)[:3])
+    given: set[tuple[int, str]] = set()
+
+    def met(cta: int, step: Step) -> bool:
+        if step.kind == "await":
+            return (cta, step.name) in given
+        if step.kind != "wait":
+            return True
+        return all(published[step.rows.start : step.rows.stop]) and counters[step.name] >= step.target
+
+    moved = True
+    while pending and moved:
+        moved = False
+        for (cta, role), steps in list(pending.items()):
+            while steps and met(cta, steps[0]):
+                step = steps.popleft()
+                counters[step.name] += step.kind == "arrive"
+                if step.kind == "signal":
+                    given.add((cta, step.name))
+                if step.kind == "publish":
+                    published[step.rows.start : step.rows.stop] = bytes([1]) * len(step.rows)
+                moved = True
+            if not steps:
+                del pending[cta, role]
+    check(not pending, "no deadlock", {actor: steps[0] for actor, steps in list(pending.items())[:3]})
+
+
+def check(ok: bool, what: str, seen: object) -> None:
+    if not ok:
+        raise AssertionError(f"plan: {what}: {seen}")
