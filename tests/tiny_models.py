@@ -69,18 +69,49 @@ def real_gpt_neox(config: DecoderConfig, device: torch.device) -> GPTNeoXForCaus
         use_parallel_residual=config.parallel_residual,
         hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
     )
+    return _real(GPTNeoXForCausalLM, options, torch.float16, device)
+
+
+def real_llama(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """The same of a LLaMA shape, in `dtype`."""
+    r = config.rotary
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": r.theta}
+    if r.scaling != "none":
+        rope |= {"rope_type": r.scaling, "factor": r.factor}
+    if r.scaling == "llama3":
+        rope |= {"low_freq_factor": r.low_freq_factor, "high_freq_factor": r.high_freq_factor}
+        rope["original_max_position_embeddings"] = r.original_max_position
+    options = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters=rope,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        tie_word_embeddings=config.tied_embeddings,
+    )
+    return _real(LlamaForCausalLM, options, dtype, device)
+
+
+def _real(make: Any, options: Any, dtype: torch.dtype, device: torch.device) -> Any:
     with device:
-        torch.set_default_dtype(torch.float16)
+        torch.set_default_dtype(dtype)
         try:
-            model = GPTNeoXForCausalLM(options).eval()
+            model = make(options).eval()
         finally:
             torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         for stream, (name, parameter) in enumerate(model.named_parameters()):
             norm = "norm" in name and name.endswith("weight")
             std = 0.1 if norm or parameter.dim() == 1 else MATRIX_GAIN / parameter.shape[1] ** 0.5
-            std = 1.0 if "embed_in" in name else std
-            parameter.copy_(uniform(tuple(parameter.shape), float(norm), std, stream, torch.float16, device))
+            std = 1.0 if "embed" in name else std
+            parameter.copy_(uniform(tuple(parameter.shape), float(norm), std, stream, dtype, device))
     return model
 
 

@@ -52,6 +52,13 @@ SEQUENTIAL = (
     {"use_parallel_residual": False, "hidden_size": 192, "num_attention_heads": 2},
 )
 
+# With K/V heads that query heads share, of idle lanes, in more bundles than one; biases; rows of o longer than a stage.
+LLAMA = (
+    {},
+    {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 80, "attention_bias": True, "mlp_bias": True},
+    {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 64},
+)
+
 LAYER = """
 import sys
 sys.path.insert(0, "tests")
@@ -82,9 +89,15 @@ sys.path.insert(0, "tests")
 import torch
 from clusterfusion import reference
 from clusterfusion.engine.step_decoder import StepDecoder
-from tiny_models import tiny_gpt_neox, weights_of
+from tiny_models import tiny_model, weights_of
+from clusterfusion.engine.block_decoder import BlockDecoder
 for options in {options}:
-    weights = weights_of(tiny_gpt_neox(**options).to("cuda", torch.float16))
+    weights = weights_of(tiny_model("{family}", **options).to("cuda", torch.float16))
+    for mode in ("split", "fused"):
+        cache = reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda")
+        decoder = BlockDecoder(weights, cache, mode)
+        for position in (0, 1, 298):
+            assert decoder.step(3, position).isfinite().all()
     cache = reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda")
     decoder = StepDecoder(weights, cache)
     for position in (0, 1, 298):
@@ -112,7 +125,8 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
 """,
     "decoder layer, parallel": LAYER.format(options=PARALLEL),
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
-    "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0])),
+    "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0]), family="gpt_neox"),
+    "decode step, LLaMA": STEP.format(options=LLAMA, family="llama"),
 }
 
 

@@ -14,6 +14,10 @@ from clusterfusion.plan import B200, H200, RTX_5090, PlanLimits, plan_block
 
 HALVES = dataclasses.replace(named_shape("pythia-2.8b"), parallel_residual=False)  # of the seed's two half layers
 TANH = dataclasses.replace(named_shape("pythia-160m"), activation="gelu_tanh", parallel_residual=False)
+WIDE_HEADS = dataclasses.replace(
+    named_shape("llama-3.2-1b"), num_heads=16, num_kv_heads=2, head_dim=256, attention_bias=True, mlp_bias=True
+)
+ONE_KV_HEAD = dataclasses.replace(named_shape("llama-3.2-3b"), num_heads=32, num_kv_heads=1, head_dim=96)
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
     ("6.9b in bf16", named_shape("pythia-6.9b"), H200, "sm_90a", "bfloat16", "float32"),
@@ -26,6 +30,15 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("sequential, tanh, bf16", TANH, B200, "sm_100a", "bfloat16", "float32"),
     ("2.8b", named_shape("pythia-2.8b"), RTX_5090, "sm_120a", "float16", "float32"),
     ("12b, three warps", named_shape("pythia-12b"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("LLaMA 1b", named_shape("llama-3.2-1b"), H200, "sm_90a", "bfloat16", "float32"),
+    ("LLaMA 8b", named_shape("llama-3.1-8b"), H200, "sm_90a", "bfloat16", "float32"),
+    ("LLaMA 7b, fp16 residual", named_shape("llama-2-7b"), H200, "sm_90a", "float16", "float16"),
+    ("LLaMA 70b", named_shape("llama-3.1-70b"), H200, "sm_90a", "bfloat16", "float32"),
+    ("LLaMA, heads of 256, biases", WIDE_HEADS, H200, "sm_90a", "float16", "float32"),
+    ("LLaMA, one K/V head of 96", ONE_KV_HEAD, H200, "sm_90a", "float16", "float32"),
+    ("TinyLlama", named_shape("tinyllama-1.1b"), B200, "sm_100a", "float16", "float32"),
+    ("LLaMA 8b", named_shape("llama-3.1-8b"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("SmolLM", named_shape("smollm-135m"), RTX_5090, "sm_120a", "bfloat16", "float32"),
 ]
 
 

@@ -152,7 +152,9 @@ class Attention : public CtaState<S> {
   template <bool kWhole>
   __device__ void load_heads(const KvCache& cache, int layer, unsigned epoch) {
     const float scale = rsqrtf(static_cast<float>(S::kHeadDim)) * kLog2E;
-    constexpr int kHalf = S::kRotary / 2, kLoads = 2 * kQueries + 3;
+    // Queries are polled for a few at a time, the key and the value beside all of them: more do not fit the registers.
+    constexpr int kRounds = (kQueries + 3) / 4, kTogether = (kQueries + kRounds - 1) / kRounds;
+    constexpr int kHalf = S::kRotary / 2, kLoads = 2 * kTogether + 3;
     const int group = kv_head() * S::kGroupRows;
     const int first_query = this->bundle_of_group() * kQueries * S::kHeadDim;
     for (int i = thread_; i < S::kHeadDim; i += S::kVectorThreads) {
@@ -173,45 +175,53 @@ class Attention : public CtaState<S> {
         c = u_.cos[position_ * u_.table_stride + angle];
         s = (second ? 1.0f : -1.0f) * u_.sin[position_ * u_.table_stride + angle];
       }
-      // The queries, key, value; the partners of queries and key.
-      float values[kLoads];
-      const auto at = [&](int n) {
-        const int dim = n < kQueries + 2 ? i : partner;
-        const int of = n < kQueries + 2 ? n : n - kQueries - 2;
-        if (of < kQueries) return group + first_query + of * S::kHeadDim + dim;
-        return group + (S::kGroup + (n < kQueries + 2 ? of - kQueries : 0)) * S::kHeadDim + dim;
-      };
-      if constexpr (kWhole) {
-        const Pair* qkv = static_cast<const Pair*>(u_.qkv);
-        Pair pairs[kLoads] = {};
-        this->template poll<kLoads>(
-            kOnQkv, epoch, [&](int n) { pairs[n] = load_pair(qkv + at(n)); },
-            [&](int n) { return epoch_of(pairs[n]) == epoch; });
+#pragma unroll 1
+      for (int first = 0; first < kQueries; first += kTogether) {
+        const auto query = [&](int n) { return min(first + n, kQueries - 1); };
+        // Queries, key, value; the partners of queries and key.
+        float values[kLoads];
+        const auto at = [&](int n) {
+          const bool own = n < kTogether + 2;
+          const int of = own ? n : n - kTogether - 2, dim = own ? i : partner;
+          if (of < kTogether) return group + first_query + query(of) * S::kHeadDim + dim;
+          return group + (S::kGroup + of - kTogether) * S::kHeadDim + dim;
+        };
+        if constexpr (kWhole) {
+          const Pair* qkv = static_cast<const Pair*>(u_.qkv);
+          Pair pairs[kLoads] = {};
+          this->template poll<kLoads>(
+              kOnQkv, epoch, [&](int n) { pairs[n] = load_pair(qkv + at(n)); },
+              [&](int n) { return epoch_of(pairs[n]) == epoch; });
 #pragma unroll
-        for (int n = 0; n < kLoads; n++) values[n] = value_of(pairs[n]);
-      } else {
+          for (int n = 0; n < kLoads; n++) values[n] = value_of(pairs[n]);
+        } else {
 #pragma unroll
-        for (int n = 0; n < kLoads; n++) values[n] = __ldcg(static_cast<const float*>(u_.qkv) + at(n));
-      }
-      if (rotates) {
-#pragma unroll
-        for (int n = 0; n <= kQueries; n++) values[n] = fmaf(values[kQueries + 2 + n], s, __fmul_rn(values[n], c));
-      }
-      const W k_rounded = from_float<W>(values[kQueries]), v_rounded = from_float<W>(values[kQueries + 1]);
-#pragma unroll
-      for (int q = 0; q < kQueries; q++) s_.query[q * S::kHeadDim + i] = values[q] * scale;
-      s_.key[i] = to_float(k_rounded);
-      s_.value[i] = to_float(v_rounded);
-      if (split() == 0 && this->bundle_of_group() == 0) {
-        const int head = kv_head();
-        const cuda::std::int64_t to = layer * cache.layer_stride + head * cache.head_stride + position_ * cache.token_stride + i;
-        static_cast<W*>(cache.k)[to] = k_rounded;
-        static_cast<W*>(cache.v)[to] = v_rounded;
-        if (cache.k_new != nullptr) {
-          static_cast<W*>(cache.k_new)[head * S::kHeadDim + i] = k_rounded;
-          static_cast<W*>(cache.v_new)[head * S::kHeadDim + i] = v_rounded;
+          for (int n = 0; n < kLoads; n++) values[n] = __ldcg(static_cast<const float*>(u_.qkv) + at(n));
         }
+        if (rotates) {
+#pragma unroll
+          for (int n = 0; n <= kTogether; n++) values[n] = fmaf(values[kTogether + 2 + n], s, __fmul_rn(values[n], c));
+        }
+#pragma unroll
+        for (int n = 0; n < kTogether; n++) s_.query[query(n) * S::kHeadDim + i] = values[n] * scale;
+        if (first == 0) store_key_and_value(cache, layer, i, values[kTogether], values[kTogether + 1]);
       }
+    }
+  }
+
+  // Dimension i of the new token's, as the cache holds them.
+  __device__ void store_key_and_value(const KvCache& cache, int layer, int i, float key, float value) {
+    const W k_rounded = from_float<W>(key), v_rounded = from_float<W>(value);
+    s_.key[i] = to_float(k_rounded);
+    s_.value[i] = to_float(v_rounded);
+    if (split() != 0 || this->bundle_of_group() != 0) return;
+    const int head = kv_head();
+    const cuda::std::int64_t to = layer * cache.layer_stride + head * cache.head_stride + position_ * cache.token_stride + i;
+    static_cast<W*>(cache.k)[to] = k_rounded;
+    static_cast<W*>(cache.v)[to] = v_rounded;
+    if (cache.k_new != nullptr) {
+      static_cast<W*>(cache.k_new)[head * S::kHeadDim + i] = k_rounded;
+      static_cast<W*>(cache.v_new)[head * S::kHeadDim + i] = v_rounded;
     }
   }
 

@@ -147,6 +147,7 @@ template <typename W, typename Tiles, int kQueries>
 class GroupedAttentionWarp {
   static constexpr int kStride = kQueries <= 2 ? kQueries : (kQueries + 3) / 4 * 4;  // of a token's scores: whole accesses
   static constexpr int kAccess = kStride < 4 ? kStride : 4;
+  static constexpr int kAtOnce = (kQueries + (kQueries + 3) / 4 - 1) / ((kQueries + 3) / 4);  // scores in registers
   static constexpr int kHeadLanes = kQueries <= 2 ? 16 : kQueries <= 4 ? 8 : kQueries <= 8 ? 4 : kQueries <= 16 ? 2 : 1;
   static constexpr int kPairs = Tiles::kHeadDim / 2, kSteps = (kPairs + kWarpSize - 1) / kWarpSize;
   static_assert(kQueries > 1 && kQueries <= kWarpSize, "a lane for every head");
@@ -202,21 +203,25 @@ class GroupedAttentionWarp {
       const bool valid = at_.active && token < tokens;
       float k[kVector] = {};
       if (valid) unpack8<W>(keys[token * Tiles::kLanes + at_.chunk], k);
-      float dots[kQueries];
+#pragma unroll 1
+      for (int first_query = 0; first_query < kQueries; first_query += kAtOnce) {
+        float dots[kAtOnce];
 #pragma unroll
-      for (int q = 0; q < kQueries; q++) {
-        const float4* query = reinterpret_cast<const float4*>(queries_ + q * Tiles::kHeadDim) + (at_.active ? 2 * at_.chunk : 0);
-        const float4 low = query[0], high = query[1];
-        float dot = fmaf(low.x, k[0], 0.0f);
-        dot = fmaf(low.y, k[1], dot), dot = fmaf(low.z, k[2], dot), dot = fmaf(low.w, k[3], dot);
-        dot = fmaf(high.x, k[4], dot), dot = fmaf(high.y, k[5], dot), dot = fmaf(high.z, k[6], dot);
-        dots[q] = fmaf(high.w, k[7], dot);
-      }
+        for (int q = 0; q < kAtOnce; q++) {
+          const int of = min(first_query + q, kQueries - 1);
+          const float4* query = reinterpret_cast<const float4*>(queries_ + of * Tiles::kHeadDim) + (at_.active ? 2 * at_.chunk : 0);
+          const float4 low = query[0], high = query[1];
+          float dot = fmaf(low.x, k[0], 0.0f);
+          dot = fmaf(low.y, k[1], dot), dot = fmaf(low.z, k[2], dot), dot = fmaf(low.w, k[3], dot);
+          dot = fmaf(high.x, k[4], dot), dot = fmaf(high.y, k[5], dot), dot = fmaf(high.z, k[6], dot);
+          dots[q] = fmaf(high.w, k[7], dot);
+        }
 #pragma unroll
-      for (int q = 0; q < kQueries; q++) dots[q] = group_sum_of_first<Tiles::kLanes>(dots[q], at_.chunk);
-      if (valid && at_.chunk == 0) {
+        for (int q = 0; q < kAtOnce; q++) dots[q] = group_sum_of_first<Tiles::kLanes>(dots[q], at_.chunk);
+        if (valid && at_.chunk == 0) {
 #pragma unroll
-        for (int q = 0; q < kQueries; q++) scores_[token * kStride + q] = dots[q];
+          for (int q = 0; q < kAtOnce; q++) scores_[token * kStride + min(first_query + q, kQueries - 1)] = dots[q];
+        }
       }
     }
   }
