@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from clusterfusion.architecture import DecoderConfig
+from clusterfusion.architecture import DecoderConfig, RotaryConfig
 from clusterfusion.jit.compiler import compile_program
 from clusterfusion.jit.decoder_block import ElementType, block_source
 from clusterfusion.named_shapes import named_shape
@@ -17,7 +17,9 @@ TANH = dataclasses.replace(named_shape("pythia-160m"), activation="gelu_tanh", p
 WIDE_HEADS = dataclasses.replace(
     named_shape("llama-3.2-1b"), num_heads=16, num_kv_heads=2, head_dim=256, attention_bias=True, mlp_bias=True
 )
-ONE_KV_HEAD = dataclasses.replace(named_shape("llama-3.2-3b"), num_heads=32, num_kv_heads=1, head_dim=96)
+ONE_KV_HEAD = dataclasses.replace(
+    named_shape("llama-3.2-3b"), num_heads=32, num_kv_heads=1, head_dim=96, rotary=RotaryConfig(nominal_dim=96)
+)
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
     ("6.9b in bf16", named_shape("pythia-6.9b"), H200, "sm_90a", "bfloat16", "float32"),

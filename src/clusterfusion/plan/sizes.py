@@ -13,9 +13,10 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle: a CTA polls for all its queries at once, and a lane keeps two dimensions in 64 of each query head in registers.
+# Of a bundle's query heads. Beside a few registers a head, a lane of the attention keeps two dimensions in 64 of each: with so many
+# steps in all, none is spilled.
 MOST_QUERIES = 8
-MOST_QUERY_STEPS = 16
+MOST_QUERY_STEPS = 20
 
 
 def qkv_rows(config: DecoderConfig) -> int:
@@ -27,7 +28,7 @@ def bundle_sizes(config: DecoderConfig) -> list[int]:
     """How many query heads a bundle may have, the most first: of those that share a K/V head, all or an even part, as many as
     one CTA takes."""
     group = config.num_heads // config.num_kv_heads
-    most = min(group, MOST_QUERIES, max(1, MOST_QUERY_STEPS // -(-config.head_dim // 64)))
+    most = min(group, MOST_QUERIES, max(1, MOST_QUERY_STEPS // (-(-config.head_dim // 64) + 1)))
     return [count for count in range(most, 0, -1) if group % count == 0]
 
 
