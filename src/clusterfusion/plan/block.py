@@ -17,7 +17,7 @@ from typing import Literal
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
-from clusterfusion.plan.block_check import check, check_coverage, check_progress
+from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress
 from clusterfusion.plan.limits import PlanLimits
 from clusterfusion.plan.sizes import (
     BARRIER_BYTES,
@@ -326,21 +326,6 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
-Role = Literal["vectors", "tiles"]
-ROLES: tuple[Role, ...] = ("vectors", "tiles")
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One thing that a role of a CTA does in the fused launch: read rows of a matrix, publish rows as pairs of value and epoch
-    or wait for some, arrive at a counter or wait for one, signal the CTA's other role or await its signal."""
-
-    kind: Literal["read", "publish", "arrive", "wait", "signal", "await"]
-    name: str
-    rows: range = range(0)
-    target: int = 0
-
-
 def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     """What a role of a CTA does in the fused launch, in order; VectorWarps::run and TileWarps::run in the program do the
     same."""
@@ -412,5 +397,6 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
     check(plan.threads <= 1024, "threads of a CTA", plan.threads)
     check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
-    check_coverage(plan, schedule)
-    check_progress(plan, schedule)
+    schedules = {(cta, role): list(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
+    check_coverage(c, schedules)
+    check_progress(c, schedules)

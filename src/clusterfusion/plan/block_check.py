@@ -4,24 +4,37 @@ step."""
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from clusterfusion.architecture import DecoderConfig
 from clusterfusion.plan.sizes import qkv_rows
 
-if TYPE_CHECKING:
-    from clusterfusion.plan.block import BlockPlan, Role, Step
-
-    Schedule = Callable[[BlockPlan, int, Role], Iterable[Step]]
+Role = Literal["vectors", "tiles"]
+ROLES: tuple[Role, ...] = ("vectors", "tiles")
 
 
-def check_coverage(plan: BlockPlan, schedule: Schedule) -> None:
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One thing that a role of a CTA does in the fused launch: read rows of a matrix, publish rows as pairs of value and epoch
+    or wait for some, arrive at a counter or wait for one, signal the CTA's other role or await its signal."""
+
+    kind: Literal["read", "publish", "arrive", "wait", "signal", "await"]
+    name: str
+    rows: range = range(0)
+    target: int = 0
+
+
+Schedules = Mapping[tuple[int, Role], Sequence[Step]]  # of every CTA and role
+
+
+def check_coverage(c: DecoderConfig, schedules: Schedules) -> None:
     """Every row of every matrix is read once, and every row of q, k and v published."""
-    c = plan.config
     sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
     dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
-    for cta in range(plan.ctas):
-        for step in schedule(plan, cta, "tiles"):
+    for steps in schedules.values():
+        for step in steps:
             if step.kind in ("read", "publish") and step.rows:
                 dealt[step.kind, step.name].append(step.rows)
     for kind, name in [*(("read", name) for name in sizes), ("publish", "qkv")]:
@@ -32,16 +45,12 @@ def check_coverage(plan: BlockPlan, schedule: Schedule) -> None:
         check(end == sizes[name], f"all rows of {name} are {kind}", end)
 
 
-def check_progress(plan: BlockPlan, schedule: Schedule) -> None:
+def check_progress(config: DecoderConfig, schedules: Schedules) -> None:
     """Runs all roles of all CTAs against one another: all resident, each as far as its waits let it. Every signal is awaited,
     or it would say nothing."""
     counters: collections.Counter[str] = collections.Counter()
-    published = bytearray(qkv_rows(plan.config))  # rows of q, k and v
-    pending = {
-        (cta, role): collections.deque(schedule(plan, cta, role))
-        for cta in range(plan.ctas)
-        for role in ("vectors", "tiles")
-    }
+    published = bytearray(qkv_rows(config))  # rows of q, k and v
+    pending = {actor: collections.deque(steps) for actor, steps in schedules.items()}
     signals, awaits = (
         {(cta, step.name) for (cta, _), steps in pending.items() for step in steps if step.kind == kind}
         for kind in ("signal", "await")

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from clusterfusion.plan.block import MATRICES, BlockPlan, Role
+from clusterfusion.plan.block import MATRICES, BlockPlan
+from clusterfusion.plan.block_check import Role
 from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR, qkv_rows
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one

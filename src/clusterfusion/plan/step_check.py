@@ -26,7 +26,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from clusterfusion.plan import step
-from clusterfusion.plan.block import ROLES, BlockPlan, Role
+from clusterfusion.plan.block import BlockPlan
+from clusterfusion.plan.block_check import ROLES, Role
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_coverage import (
     Key,

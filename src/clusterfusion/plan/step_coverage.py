@@ -6,7 +6,8 @@ import collections
 from collections.abc import Sequence
 
 from clusterfusion.plan import step
-from clusterfusion.plan.block import ROLES, BlockPlan
+from clusterfusion.plan.block import BlockPlan
+from clusterfusion.plan.block_check import ROLES
 from clusterfusion.plan.sizes import qkv_rows
 from clusterfusion.plan.step import Action
 
