@@ -106,9 +106,10 @@ def phases(order: Order) -> tuple[Phase, ...]:
     ]
     if order == "sequential":  # the middle residual and its norm have no events of their own
         vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
+    by_role: dict[Role, list[Phase]] = {"vectors": vectors, "tiles": tiles}
     return tuple(
         phase
-        for role, of_role in (("vectors", vectors), ("tiles", tiles))
+        for role, of_role in by_role.items()
         for phase in sorted(of_role, key=lambda phase: passed(role, order).index(phase.end))
     )
 
