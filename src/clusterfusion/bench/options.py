@@ -50,6 +50,11 @@ def layer_options(
     obstacle = why_not(config)
     if obstacle:
         raise UnsupportedModelError(f"{shape} cannot be measured: {obstacle}")
+    if peers and config.family != "gpt_neox":
+        raise UnsupportedModelError(
+            f"{shape} cannot be measured beside transformers' layers, of which only GPT-NeoX's are set up: leave them out "
+            "(--no-peers), or measure whole steps (bench decode)"
+        )
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
     if layers is not None:
