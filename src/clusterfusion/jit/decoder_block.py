@@ -99,7 +99,7 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
     c = plan.config
     gelu = {"gelu": "erf", "gelu_tanh": "tanh"}[c.activation]
     partition = (plan.ctas, plan.cluster_size, plan.splits, plan.vector_warps, plan.warps)
-    ring = (plan.stages, plan.stage_bytes, plan.window_stages)
+    ring = (plan.stages, plan.tile_bytes, plan.stage_tiles, plan.window_stages)
     cache = (plan.tile_tokens, plan.cache_stages, plan.cache_stage_bytes, plan.shared_bytes)
     shape = ", ".join(
         (

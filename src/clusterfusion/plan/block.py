@@ -25,10 +25,9 @@ MOST_SPLITS = 32
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
 # Tile warps to choose from, the most that leave the ring as deep as it can be, or nearly; fewer where shared memory is scarce.
-WARPS = (7, 8, 9, 10, 11)
-SCARCE_WARPS = (2, 3, 4, 5, 6)
+WARPS = (6, 7, 8, 9, 10, 11)
+SCARCE_WARPS = (2, 3, 4, 5)
 DEEP_ENOUGH = 0.95
-TYPICAL_WARPS = 9
 # Vector warps hold a vector of hidden_size in registers between them: three quads a thread and the norms' weights for them.
 FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 6, 8
 SCARCE_VECTOR_WARPS = 4
@@ -40,9 +39,10 @@ CACHE_BYTES = 32768
 WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
 SCARCE_CACHE_BYTES = 8192
 SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 50 and 64 KB in flight are best. Messages
-# between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
+# Measured on an H200 with the whole step of 2.8B and 6.9B: 50 and 64 KB in flight are best. Messages between CTAs queue behind
+# what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies of 5 KB and less are slow.
 TARGET_STAGE_BYTES = 8192
+MOST_STAGE_TILES = 4
 WINDOW_BYTES = 51200
 WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
@@ -80,7 +80,8 @@ class BlockPlan:
     vector_warps: int  # norms, attention, activations
     warps: int  # tile warps: weights times vectors; one producer warp comes on top
     stages: int  # of the ring of weights
-    stage_bytes: int
+    tile_bytes: int  # what a warp takes at a time
+    stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int
     tile_tokens: int  # cached tokens whose keys and values travel as one tile
     cache_stages: int  # of the ring of cached tokens
@@ -90,6 +91,10 @@ class BlockPlan:
     @property
     def threads(self) -> int:
         return (self.vector_warps + self.warps + 1) * 32
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.tile_bytes * self.stage_tiles
 
     @property
     def order(self) -> Order:
@@ -179,10 +184,14 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    # Few rows a CTA (small models): smaller tiles, so that every warp has one.
-    rows_each = -(-config.hidden_size // ctas)
-    rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // TYPICAL_WARPS)))
-    stage_bytes = _round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
+    # A row a tile, so that a phase spreads evenly over the warps; as many tiles a copy as make it large.
+    tile_bytes = _round_up(row_bytes, TENSOR_COPY_ALIGNMENT)
+    stage_tiles = 1
+    while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
+        stage_tiles *= 2
+    if not even_parts(config, tile_bytes):
+        stage_tiles = 1
+    stage_bytes = tile_bytes * stage_tiles
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
@@ -194,15 +203,16 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     cache_stage_bytes = _round_up(_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
     def fixed(warps: int) -> int:
-        return fixed_shared_bytes(config, ctas, stage_bytes, warps, vector_warps, cache_stages, cache_stage_bytes)
+        return fixed_shared_bytes(config, ctas, tile_bytes, warps, vector_warps, cache_stages, cache_stage_bytes)
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
-        return min(room, MAX_STAGES) // warps * warps
+        teams = warps // stage_tiles
+        return min(room, MAX_STAGES) // teams * teams
 
-    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS]
+    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS and w % stage_tiles == 0]
     if not any(stages_with(w) > 0 for w in allowed):
-        allowed = list(SCARCE_WARPS)
+        allowed = [w for w in SCARCE_WARPS if w % stage_tiles == 0]
     deepest = max(map(stages_with, allowed))
     warps = max(w for w in allowed if stages_with(w) >= DEEP_ENOUGH * deepest)
     stages = stages_with(warps)
@@ -221,7 +231,8 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         vector_warps=vector_warps,
         warps=warps,
         stages=stages,
-        stage_bytes=stage_bytes,
+        tile_bytes=tile_bytes,
+        stage_tiles=stage_tiles,
         window_stages=max(1, min(stages, (WIDE_WINDOW_BYTES if wide else WINDOW_BYTES) // stage_bytes)),
         tile_tokens=tile_tokens,
         cache_stages=cache_stages,
@@ -244,10 +255,16 @@ def cache_tile_tokens(config: DecoderConfig, stage_bytes: int) -> int:
     return tokens
 
 
+def even_parts(config: DecoderConfig, tile_bytes: int) -> bool:
+    """Whether a row of intermediate_size is cut into tiles that are all alike."""
+    vectors, parts = config.intermediate_size // VECTOR, -(-config.intermediate_size * ELEMENT_BYTES // tile_bytes)
+    return vectors % parts == 0
+
+
 def fixed_shared_bytes(
     config: DecoderConfig,
     ctas: int,
-    stage_bytes: int,
+    tile_bytes: int,
     warps: int,
     vector_warps: int,
     cache_stages: int,
@@ -260,7 +277,7 @@ def fixed_shared_bytes(
     vectors = max(2 * vector, vector + _round_up(c.intermediate_size * ELEMENT_BYTES, 16))
     partial = 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
-    down_parts = -(-c.intermediate_size * ELEMENT_BYTES // stage_bytes)
+    down_parts = -(-c.intermediate_size * ELEMENT_BYTES // tile_bytes)
     attention = 3 * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
     bias_rows = sum(-(-rows // ctas) + 1 for rows in (3 * c.hidden_size, c.intermediate_size)) + 2 * out_rows
     bias_rows += 3 + -(-c.intermediate_size // c.hidden_size)  # that up may have more
@@ -351,10 +368,12 @@ def check_plan(plan: BlockPlan) -> None:
     _check(c.num_heads * plan.splits <= plan.ctas, "CTAs for every head", plan.splits)
     _check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one head", plan.splits)
     _check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
-    _check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
+    _check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
+    _check(plan.stages % (plan.warps // plan.stage_tiles) == 0, "a stage belongs to one team", plan.stages)
     _check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
-    _check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
-    _check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
+    _check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
+    _check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)
+    _check(plan.stage_tiles == 1 or even_parts(c, plan.tile_bytes), "tiles of a stage are alike", plan.stage_tiles)
     _check(
         _tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens
     )

@@ -35,7 +35,8 @@ _OF_MATRIX = {
 }
 TIMES = (*_VECTORS, *_TILES)  # clocks
 DATA_WAITED = "data_waited"  # a duration in clocks: what the tiles' first warp waited for data in this layer
-EVENTS = (*TIMES, DATA_WAITED)
+ROOM_WAITED = "room_waited"  # a duration in clocks: what the producer waited for room in the ring, in its own layer
+EVENTS = (*TIMES, DATA_WAITED, ROOM_WAITED)
 CLOCKS = ("clock_at_start", "ns_at_start", "clock_at_end", "ns_at_end")
 
 

@@ -2,11 +2,12 @@
 // holds.
 #pragma once
 
-#include "block/share.cuh"
+#include "block/cta.cuh"
+#include "block/trace.cuh"
 
 namespace clusterfusion {
 
-template <typename S>
+template <typename S, typename Tracer = NoTrace>
 class WeightProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::DownTiles;
@@ -14,7 +15,8 @@ class WeightProducer : public CtaShare<S> {
   using typename Base::WeightRing;
 
  public:
-  __device__ WeightProducer(char* stages, typename WeightRing::Barriers& barriers) : Base(0), ring_(stages, barriers) {}
+  __device__ WeightProducer(typename CtaTypes<S>::Shared& shared, Tracer& trace)
+      : Base(0), s_(shared), ring_(shared.stages, shared.ring), trace_(trace) {}
 
   // One layer, or a segment of it.
   template <Segment kSegment>
@@ -28,9 +30,13 @@ class WeightProducer : public CtaShare<S> {
     if constexpr (runs<kSegment>(Segment::output)) rows<HiddenTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
-  __device__ void vocabulary(const void* lm_head, int vocabulary_rows) { rows<HiddenTiles>(lm_head, vocabulary_rows); }
+  __device__ void vocabulary(const void* lm_head, int vocabulary_rows) {
+    rows<HiddenTiles>(lm_head, vocabulary_rows);
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
+  }
 
  private:
   __device__ void up(const LayerTensors& w) { between<HiddenTiles>(w.up_weight, this->up_from(), this->up_to()); }
@@ -44,27 +50,32 @@ class WeightProducer : public CtaShare<S> {
   template <typename Tiles>
   __device__ void between(const void* matrix, int from, int to) {
     const char* source = static_cast<const char*>(matrix) + static_cast<cuda::std::int64_t>(from) * Tiles::kRowBytes;
-    if constexpr (Tiles::kParts == 1) {
-      for (int row = from; row < to; row += Tiles::kRows) {
-        const unsigned bytes = min(Tiles::kRows, to - row) * Tiles::kRowBytes;
-        ring_.copy(ring_.begin(bytes), source, bytes);
-        ring_.end();
-        source += bytes;
-      }
+    if constexpr (Tiles::kParts == 1 || Tiles::kBytes * Tiles::kParts == Tiles::kRowBytes) {  // tiles are alike
+      constexpr int kStage = S::kStageTiles * Tiles::kBytes;
+      for (int left = (to - from) * Tiles::kRowBytes; left > 0; left -= kStage, source += kStage) copy(source, min(kStage, left));
     } else {
+      static_assert(S::kStageTiles == 1, "a row's last tile is a stage of its own");
       for (int row = from; row < to; row++) {
-        for (int part = 0; part < Tiles::kParts; part++) {
-          constexpr int kPartBytes = Tiles::kPartColumns * 2;
-          const unsigned bytes = min(kPartBytes, Tiles::kRowBytes - part * kPartBytes);
-          ring_.copy(ring_.begin(bytes), source, bytes);
-          ring_.end();
+        for (int left = Tiles::kRowBytes; left > 0; left -= Tiles::kBytes) {
+          const int bytes = min(Tiles::kBytes, left);
+          copy(source, bytes);
           source += bytes;
         }
       }
     }
   }
 
-  RingProducer<WeightRing> ring_;
+  __device__ __forceinline__ void copy(const char* source, unsigned bytes) {
+    // Attention is in a hurry where it waits for cached tokens; weights that come later come in time, since much is left of the
+    // layer's when it has done.
+    const bool others_first = mbarrier_met(&s_.cache_turns, 0);
+    ring_.copy(ring_.begin(bytes, others_first ? WeightRing::kWindowInOthersHurry : WeightRing::kWindow), source, bytes);
+    ring_.end();
+  }
+
+  typename CtaTypes<S>::Shared& s_;
+  RingProducer<WeightRing, Tracer::kOn> ring_;
+  Tracer& trace_;
 };
 
 }  // namespace clusterfusion

@@ -72,15 +72,16 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 // projection's, which even out what that leaves uneven (up_row); head h is attended by CTAs [h * kSplits, (h + 1) * kSplits),
 // cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kHeadDim_, int kRotary_, Gelu kGelu_,
-          bool kParallel_, bool kUpFirst_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_,
-          int kStageBytes_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
+          bool kParallel_, bool kUpFirst_, int kCtas_, int kCluster_, int kSplits_, int kVectorWarps_, int kWarps_,
+          int kStages_, int kTileBytes_, int kStageTiles_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
   static constexpr int kHidden = kHidden_, kIntermediate = kIntermediate_, kHeads = kHeads_, kHeadDim = kHeadDim_;
   static constexpr int kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_, kSplits = kSplits_;
   static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
-  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWindow = kWindow_;
+  static constexpr int kStages = kStages_, kTileBytes = kTileBytes_, kStageTiles = kStageTiles_, kWindow = kWindow_;
+  static constexpr int kStageBytes = kTileBytes * kStageTiles;
   static constexpr int kTileTokens = kTileTokens_, kCacheStages = kCacheStages_, kCacheStageBytes = kCacheStageBytes_;
   static constexpr int kSharedBytes = kSharedBytes_;
   static constexpr Gelu kGelu = kGelu_;
@@ -151,10 +152,10 @@ template <typename S>
 class CtaShare {
  public:
   using W = typename S::W;
-  using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;
-  using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
+  using HiddenTiles = RowTiles<S::kHidden, S::kTileBytes>;
+  using DownTiles = RowTiles<S::kIntermediate, S::kTileBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kCacheStageBytes>;
-  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
+  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
   using CacheStages = OwnStages<S::kCacheStages, S::kCacheStageBytes, S::kVectorWarps>;
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
