@@ -8,16 +8,24 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan.orders import ORDERS, in_order
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
 from clusterfusion.plan import B200, H200, RTX_5090, BlockPlan, PlanLimits, check_plan, plan_block
 from clusterfusion.plan import block as planning
+from clusterfusion.plan.block import Order
 
 GPT_NEOX = [name for name in NAMED_SHAPES if named_shape(name).family == "gpt_neox"]
 # Rows of 12 KB leave no ring in 99 KB; their weights would not fit the memory of such a card either.
 TOO_WIDE_FOR_CONSUMER_CARDS = {"gpt-neox-20b", "stablelm-alpha-7b"}
+SEQUENTIAL = {"redpajama-incite-3b", "redpajama-incite-7b"}
+# With less of the up projection a CTA than makes it worth while to start with it; 170 CTAs have less of it than 132 or 148.
+QKV_FIRST = {"pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m", "pythia-410m"}
+QKV_FIRST_ON_CONSUMER_CARDS = QKV_FIRST | {"pythia-1b", "pythia-1.4b"}
+# With too few rows of up a CTA to make up for a row of every other matrix.
+UP_DEALT_AS_THE_REST = {"pythia-14m", "pythia-31m"}
 
 
 @pytest.mark.parametrize("limits", [H200, B200, RTX_5090], ids=lambda limits: limits.name)
@@ -34,10 +42,75 @@ def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
     window = planning.WIDE_WINDOW_BYTES if wide else planning.WINDOW_BYTES
     assert plan.window_stages * plan.stage_bytes <= max(window, plan.stage_bytes)
     assert plan.vector_warps + plan.warps < planning.MOST_WARPS
-    for total in (3 * config.hidden_size, config.intermediate_size, config.hidden_size):
-        counts = {len(plan.rows(total, cta)) for cta in range(plan.ctas)}
-        assert max(counts) - min(counts) <= 1, "rows are dealt as evenly as they divide"
+    qkv_first = QKV_FIRST_ON_CONSUMER_CARDS if limits is RTX_5090 else QKV_FIRST
+    assert plan.order == ("sequential" if name in SEQUENTIAL else "qkv_first" if name in qkv_first else "up_first")
+    assert evens_out(plan) == (name not in UP_DEALT_AS_THE_REST)
+    check_deal(plan)
     assert plan.scratch_bytes < 0.02 * config.num_layers * config.layer_parameters * planning.ELEMENT_BYTES
+
+
+# -- the deal of rows --------------------------------------------------------------------------------------------------
+
+
+def evens_out(plan: BlockPlan) -> bool:
+    """Whether a CTA has enough rows of the up projection to make up for a row of each of q, k, v, o and down, and for what
+    rounding takes."""
+    hidden, up = plan.config.hidden_size, plan.config.intermediate_size
+    return up >= ((hidden + up) // hidden + 3) * plan.ctas
+
+
+def check_deal(plan: BlockPlan) -> None:
+    """A CTA's rows of every matrix, and where up evens out what the others leave, its elements of a whole layer: as even as
+    can be, and up's rows all there, one after another, as many as there is room for."""
+    c, ctas = plan.config, range(plan.ctas)
+    hidden, up = c.hidden_size, c.intermediate_size
+    for total in (3 * hidden, hidden):
+        counts = {len(plan.rows(total, cta)) for cta in ctas}
+        assert max(counts) - min(counts) <= 1, "rows are dealt as evenly as they divide"
+    dealt = [row for cta in ctas for row in plan.up_rows(cta)]
+    assert dealt == list(range(up)), "each row of up once"
+    counts = {len(plan.up_rows(cta)) for cta in ctas}
+    assert max(counts) <= -(-up // plan.ctas) + 4 + -(-up // hidden), "what kMostUpRows makes room for"
+    if not evens_out(plan):
+        assert all(plan.up_rows(cta) == plan.rows(up, cta) for cta in ctas)
+        return
+    assert min(counts) > 0, "everyone has something to start with"
+    layer = hidden * (3 * hidden + up) + hidden * (hidden + up)
+    before = 0  # elements of a layer that the CTAs up to here read
+    for cta in ctas:
+        out = len(plan.rows(hidden, cta)) * (hidden + up)
+        share = (len(plan.rows(3 * hidden, cta)) + len(plan.up_rows(cta))) * hidden + out
+        assert abs(share * plan.ctas - layer) < hidden * plan.ctas, "a layer is even to within a row"
+        before += share
+        ideal = layer * (cta + 1) // plan.ctas
+        assert ideal - hidden < before <= ideal, "and so are all CTAs up to any"
+    assert before == layer
+
+
+def test_up_makes_up_for_a_row_more_of_the_others() -> None:
+    """By hand: 10 CTAs, 4 x 8 = 32 wide, so that CTAs have 9 or 10 rows of q, k and v and 3 or 4 of o and of down, each of
+    which is worth 32 + 128 elements, or 5 rows of up."""
+    config = DecoderConfig.from_dict(
+        {
+            "model_type": "gpt_neox",
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": 64,
+        }
+    )
+    plan = plan_block(config, dataclasses.replace(H200, multiprocessors=10))
+    ctas = range(plan.ctas)
+    assert [len(plan.rows(96, cta)) for cta in ctas] == [9, 10, 9, 10, 10, 9, 10, 9, 10, 10]
+    assert [len(plan.rows(32, cta)) for cta in ctas] == [3, 3, 3, 3, 4, 3, 3, 3, 3, 4]
+    # A tenth of the layer is 38.4 rows of 32 elements.
+    assert [len(plan.up_rows(cta)) for cta in ctas] == [14, 13, 15, 13, 9, 14, 13, 15, 13, 9]
+    assert [plan.up_rows(cta).start for cta in (0, 4, 5, 9)] == [0, 55, 64, 119]
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -65,15 +138,35 @@ def test_the_check_sees_a_plan_that_does_not_fit(plan: BlockPlan, change: dict[s
         check_plan(dataclasses.replace(plan, **change))
 
 
-@pytest.mark.parametrize("parallel", [True, False])
+def test_the_check_sees_up_first_where_the_residual_is_sequential(plan: BlockPlan) -> None:
+    assert plan.up_first
+    sequential = dataclasses.replace(plan.config, parallel_residual=False)
+    with pytest.raises(AssertionError, match="sequential residual has one order: True"):
+        check_plan(dataclasses.replace(plan, config=sequential))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_tiles_read_in_the_order_of_the_plan(plan: BlockPlan, order: Order) -> None:
+    plan = in_order(plan, order)
+    for cta in (0, 64, 131):
+        reads = [step for step in planning.schedule(plan, cta, "tiles") if step.kind == "read"]
+        assert tuple(step.name for step in reads) == planning.MATRICES[order]
+        assert next(step.rows for step in reads if step.name == "up") == plan.up_rows(cta)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_check_sees_rows_left_out_and_dependencies_that_never_come(
-    plan: BlockPlan, parallel: bool, monkeypatch: pytest.MonkeyPatch
+    plan: BlockPlan, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, parallel_residual=parallel))
+    plan = in_order(plan, order)
     check_plan(plan)
     original = planning.schedule
     roles = [(cta, role) for cta in range(plan.ctas) for role in planning.ROLES]
     kinds = {(step.kind, step.name) for cta, role in roles for step in original(plan, cta, role)}
+    signals = {"normed", "projected", "attended", "output_sums", "expanded", "hidden"}
+    signals |= {"middle_normed", "down_sums"} if order == "sequential" else set()
+    assert {name for kind, name in kinds if kind == "signal"} == signals
+    assert {name for kind, name in kinds if kind == "await"} == signals
     complaints = {"arrive": "no deadlock", "signal": "no deadlock", "read": " read", "publish": " publish"}
     for kind, name in sorted(kinds):
         if kind in ("wait", "await") or ("exchange" in name and name != "exchange of cluster 32"):
@@ -89,16 +182,27 @@ def test_the_check_sees_rows_left_out_and_dependencies_that_never_come(
             check_plan(plan)
 
 
-def test_the_check_sees_a_signal_that_nobody_awaits(plan: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_check_sees_a_signal_that_nobody_awaits(
+    plan: BlockPlan, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = in_order(plan, order)
     original = planning.schedule
-    monkeypatch.setattr(
-        planning, "schedule", lambda *of: [s for s in original(*of) if (s.kind, s.name) != ("await", "projected")]
-    )
-    with pytest.raises(AssertionError, match="every signal is awaited"):
-        check_plan(plan)
+    for name in sorted({s.name for role in planning.ROLES for s in original(plan, 0, role) if s.kind == "await"}):
+
+        def without(plan: BlockPlan, cta: int, role: planning.Role, name: str = name) -> list[planning.Step]:
+            return [s for s in original(plan, cta, role) if (s.kind, s.name) != ("await", name)]
+
+        monkeypatch.setattr(planning, "schedule", without)
+        with pytest.raises(AssertionError, match=rf"every signal is awaited: \[\(0, '{name}'\)"):
+            check_plan(plan)
 
 
-def test_the_check_sees_a_wait_before_its_own_signal(plan: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_check_sees_a_wait_before_its_own_signal(
+    plan: BlockPlan, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = in_order(plan, order)
     original = planning.schedule
 
     def wait_first(plan: BlockPlan, cta: int, role: planning.Role) -> list[planning.Step]:
@@ -129,20 +233,22 @@ def small_config(heads: int, eighths: int, intermediate: int, parallel: bool) ->
     )
 
 
-@given(st.integers(1, 100), st.integers(1, 32), st.integers(1, 1000), st.booleans(), st.integers(2, 170))
+@given(st.integers(1, 100), st.integers(1, 32), st.integers(1, 1000), st.sampled_from(ORDERS), st.integers(2, 170))
 @settings(max_examples=60, deadline=None)
 def test_any_shape_has_a_sound_plan_or_a_reason(
-    heads: int, eighths: int, intermediate: int, parallel: bool, multiprocessors: int
+    heads: int, eighths: int, intermediate: int, order: Order, multiprocessors: int
 ) -> None:
     limits = dataclasses.replace(H200, multiprocessors=multiprocessors)
-    config = small_config(heads, eighths, intermediate, parallel)
+    config = small_config(heads, eighths, intermediate, order != "sequential")
     reason = ""
     try:
         plan = plan_block(config, limits)
     except UnsupportedModelError as error:
         reason = str(error)
     else:
-        check_plan(plan)
+        assert plan.up_first <= config.parallel_residual
+        check_plan(in_order(plan, order))
+        check_deal(plan)
     assert not reason or "need as many CTAs" in reason or "bytes of shared memory" in reason
 
 
