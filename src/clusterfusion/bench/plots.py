@@ -53,26 +53,33 @@ def require_matplotlib() -> None:
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files by name, PNG and SVG, of what `result`, the JSON values of a benchmark, holds: without a read ceiling no share
-    of it, without peers no speed-up, without a context nothing.
+    """Files by name, PNG and SVG, of every plot that `result`, the JSON values of a benchmark, has something for.
 
     Raises ClusterFusionError without matplotlib.
     """
-    require_matplotlib()
     times = times_of(result)
-    figures: dict[str, Figure] = {}
-    if times.points:
-        figures["tpot"] = _styled(lambda: by_context(times))
-    if any(point.peers and point.ours for point in times.points):
-        figures["speedup"] = _styled(lambda: speedups(times))
-    if any(point.floor_ms for point in times.points):
-        figures["read_share"] = _styled(lambda: read_shares(times))
     prefix = f"{times.benchmark}_{file_stem(times.model)}"
+    figures = {name: figure_of(times, name) for name in plots_of(times)}
     return {
         f"{prefix}_{name}.{kind}": content_of(figure, kind)
         for name, figure in figures.items()
         for kind in ("png", "svg")
     }
+
+
+def plots_of(times: Times) -> list[str]:
+    """The plots that there is something for: without peers no speed-up, without a read ceiling no share of it."""
+    something = {
+        "tpot": bool(times.points),
+        "speedup": any(point.peers and point.ours for point in times.points),
+        "read_share": any(point.floor_ms for point in times.points),
+    }
+    return [name for name, there in something.items() if there]
+
+
+def figure_of(times: Times, plot: str) -> Figure:
+    """One of the plots that `plots_of` names. Raises ClusterFusionError without matplotlib."""
+    return _styled(lambda: {"tpot": by_context, "speedup": speedups, "read_share": read_shares}[plot](times))
 
 
 def file_stem(model: str) -> str:
@@ -192,6 +199,7 @@ def drawing_digest() -> str:
 
 
 def _styled(make: Callable[[], Figure]) -> Figure:
+    require_matplotlib()
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
