@@ -61,15 +61,17 @@ def layer(
     options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
 
     from clusterfusion.bench.layer import measure_layers
-
-    progress = progress_lines()
+    from clusterfusion.cli.progress import ProgressBar
 
     def write(report: LayerReport) -> None:
         from clusterfusion.bench.report import to_json
 
         write_json(json_file, to_json(report), progress, so_far(report.contexts, options.contexts))
+        progress.share(len(report.contexts) / len(options.contexts))
 
-    _print(measure_layers(options, progress, command_line(), write))
+    with ProgressBar() as progress:
+        report = measure_layers(options, progress, command_line(), write)
+    _print(report)
 
 
 @bench.command()

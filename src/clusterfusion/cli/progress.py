@@ -28,18 +28,20 @@ class ProgressBar:
             console=console,
             auto_refresh=False,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
         )
         self._task = self._bar.add_task("", total=1.0)
 
     def __enter__(self) -> ProgressBar:
-        self._bar.start()
+        if not self._bar.disable:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def __call__(self, message: str) -> None:
         line = f"{time.monotonic() - self._began:6.1f} s  {message}"

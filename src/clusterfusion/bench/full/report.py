@@ -53,7 +53,7 @@ def perplexity_lines(report: FullReport) -> list[str]:
     """What was scored and what came of it, or why nothing was."""
     if report.perplexity is None:
         return [f"perplexity left out: {report.no_perplexity}"]
-    costs = ", ".join(
+    costs = "; ".join(
         f"{perplexity_report.NAMES[path]} {loss.perplexity:.5f}" for path, loss in report.perplexity.losses.items()
     )
     return [f"perplexity: {costs}", *perplexity_report.lines(report.perplexity)]
