@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clusterfusion.cli.bench_loops import decode, full
 from clusterfusion.cli.output import (
-    EXIT_DIFFERENT,
-    EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
     RandomWeights,
     check_writable,
     command_line,
     progress_lines,
-    report_console,
+    show_report,
+    so_far,
     write_json,
     write_whole,
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from clusterfusion.bench.decode.options import DecodeOptions
-    from clusterfusion.bench.decode.report import DecodeReport
     from clusterfusion.bench.report import LayerReport
 
 bench = typer.Typer(
@@ -40,6 +35,10 @@ bench = typer.Typer(
 @bench.callback()
 def _group() -> None:
     pass
+
+
+bench.command()(full)
+bench.command()(decode)
 
 
 @bench.command()
@@ -62,81 +61,17 @@ def layer(
     options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
 
     from clusterfusion.bench.layer import measure_layers
-
-    progress = progress_lines()
+    from clusterfusion.cli.progress import ProgressBar
 
     def write(report: LayerReport) -> None:
         from clusterfusion.bench.report import to_json
 
-        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
+        write_json(json_file, to_json(report), progress, so_far(report.contexts, options.contexts))
+        progress.share(len(report.contexts) / len(options.contexts))
 
-    _print(measure_layers(options, progress, command_line(), write))
-
-
-@bench.command()
-def decode(
-    model: ModelArgument = None,
-    random_weights: RandomWeights = None,
-    contexts: Annotated[
-        str | None, typer.Option(help="Prompts' lengths in tokens, with commas between; 16,512,1024,1900 if left out.")
-    ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt; 128 if left out.")] = None,
-    runs: Annotated[int, typer.Option(help="Timed runs of each loop; at least 5. Slow peers get fewer.")] = 5,
-    modes: Annotated[
-        str, typer.Option(help="Modes with commas between; one that cannot run here is left out, with the reason.")
-    ] = "model,graph,fused,split",
-    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
-    peer_contexts: Annotated[
-        str | None, typer.Option(help="Contexts to measure transformers at; all of them if left out.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")] = None,
-    json_file: JsonOption = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write the table to this file as Markdown.", metavar="FILE")
-    ] = None,
-) -> None:
-    """Measure whole greedy generate loops: wall time per output token, ours in every mode, transformers', and the time that
-    reading the bytes takes. Without a GPU: the reference mode, few tokens, no floor. Exit status 3 if tokens of our modes
-    differ."""
-    check_writable(json_file)
-    check_writable(markdown, "--markdown")
-    from clusterfusion.bench.decode.options import check_source, decode_options, has_gpu, load_model
-
-    progress, command, on_gpu = progress_lines(), command_line(), has_gpu()
-
-    def options_for(max_position: int | None) -> DecodeOptions:
-        return decode_options(
-            max_position,
-            on_gpu=on_gpu,
-            contexts=contexts,
-            new_tokens=new_tokens,
-            runs=runs,
-            modes=modes,
-            peers=peers,
-            peer_contexts=peer_contexts,
-        )
-
-    options_for(check_source(model, random_weights, on_gpu))  # what can be checked before a model is loaded
-    engine = load_model(model, random_weights, dtype)
-    options = options_for(engine.config.max_position)
-
-    from clusterfusion.bench.decode import tables
-    from clusterfusion.bench.decode.measure import measure_decode
-    from clusterfusion.bench.decode.report import to_json
-
-    def write(report: DecodeReport) -> None:
-        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
-        if markdown is not None:
-            write_whole(markdown, tables.markdown(report))
-
-    report = measure_decode(engine, options, progress, command, write)
-    if report.interrupted:
-        write(report)
-    _show(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if report.differences:
-        raise typer.Exit(EXIT_DIFFERENT)
+    with ProgressBar() as progress:
+        report = measure_layers(options, progress, command_line(), write)
+    _print(report)
 
 
 @bench.command()
@@ -156,7 +91,7 @@ def roofline(
     progress = progress_lines()
     report = made.measure_roofline(options, progress, command_line())
     write_json(json_file, made.to_json(report), progress)
-    _show([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
+    show_report([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
 
 
 @bench.command()
@@ -198,11 +133,7 @@ def trace(
     if out is not None:
         write_whole(out, file_content(report.to_chrome(), out.name))
         progress(f"written to {out}")
-    _show(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
-
-
-def _so_far(done: Sequence[object], asked: Sequence[object]) -> str:
-    return f", with {len(done)} of {len(asked)} contexts"
+    show_report(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
 
 
 def _print(report: LayerReport) -> None:
@@ -212,17 +143,4 @@ def _print(report: LayerReport) -> None:
         f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs. "
         "Where the host is slower than the GPU, as with eager peers, the time is the host's."
     )
-    _show(heading(report), [table(report)], failures(report), note)
-
-
-def _show(heading: Sequence[str], tables: Sequence[Table], lines: Sequence[str], note: str) -> None:
-    console = report_console()
-    for line in heading:
-        console.print(line, soft_wrap=True)
-    for index, table in enumerate(tables):
-        if index:
-            console.print()
-        console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    console.print(note, style="dim")
+    show_report(heading(report), [table(report)], failures(report), note)
