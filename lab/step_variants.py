@@ -155,8 +155,10 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
             f"min {took.min():7.2f}  max {took.max():7.2f}"
         )
     total = (middle[:, 1:, 0] - middle[:, :-1, 0]).mean()
-    print(f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer, "
-          f"the producer for room {at['room_waited'].mean():.2f}")
+    print(
+        f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer, "
+        f"the producer for room {at['room_waited'].mean():.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ def test_every_cta_passes_every_event_of_every_layer(report: TraceReport) -> Non
     attends = np.arange(timeline.ctas) < plan.config.num_heads * plan.splits
     for event in TIMES:
         passed = ~np.isnan(timeline.at(event)[:, :-1])
-        wanted = attends if event.startswith("attention") else np.ones_like(attends)
+        wanted = attends if event.startswith("attention") else np.full_like(attends, event != "logits_done")
         assert (passed == wanted[:, None]).all(), event
-    assert not np.isnan(timeline.at("begin")[:, -1]).any()
+    for event in ("begin", "logits_done"):
+        assert not np.isnan(timeline.at(event)[:, -1]).any(), event
 
 
 def test_phases_lie_in_their_layers_and_add_up_to_no_more_than_the_step(report: TraceReport) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clusterfusion.cli.bench_loops import decode, full
+from clusterfusion.cli.bench_loops import PeerContextsOption, PeersOption, decode, full
 from clusterfusion.cli.output import (
     JsonOption,
     ModelArgument,
@@ -51,14 +51,23 @@ def layer(
     layers: Annotated[int | None, typer.Option(help="Decoder layers; all of the model's if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and K/V cache: float16 or bfloat16.")] = "float16",
     repeats: Annotated[int, typer.Option(help="Samples of each form; at least 100. Slow peers get fewer.")] = 100,
-    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
+    peers: PeersOption = True,
+    peer_contexts: PeerContextsOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure decoder layers alone: no embedding, no LM head; one token, one stream, random weights."""
     from clusterfusion.bench.options import layer_options
 
     check_writable(json_file)
-    options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
+    options = layer_options(
+        random_weights,
+        contexts=contexts,
+        layers=layers,
+        dtype=dtype,
+        repeats=repeats,
+        peers=peers,
+        peer_contexts=peer_contexts,
+    )
 
     from clusterfusion.bench.layer import measure_layers
     from clusterfusion.cli.progress import ProgressBar

@@ -216,7 +216,9 @@ def producer_order(plan: BlockPlan, cta: int) -> Iterator[Stage]:
     """The stages that a CTA's producer fills in one step, in order, never more than `plan.stages` ahead of their use.
     WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
     c = plan.config
-    rows = {name: plan.rows(3 * c.hidden_size if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
+    rows = {
+        name: plan.rows(3 * c.hidden_size if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")
+    }
     rows["up"] = plan.up_rows(cta)
     for layer in range(c.num_layers):
         for name in MATRICES[plan.order]:

@@ -101,16 +101,15 @@ def phases(order: Order) -> tuple[Phase, ...]:
         Phase("vectors", "work", "load", "output_begin", "output_ready"),
         Phase("vectors", "wait", "hidden", "down_wait", "down_begin"),
         Phase("vectors", "work", "load", "down_begin", "down_ready"),
-        Phase(
-            "vectors", "work", "sums", "sums_wait", "published"
-        ),  # until its own CTA's tiles are summed, and publishing
+        # Until its own CTA's tiles are summed, and publishing.
+        Phase("vectors", "work", "sums", "sums_wait", "published"),
     ]
     if order == "sequential":  # the middle residual and its norm have no events of their own
         vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
     return tuple(
         phase
-        for role, of_role in (("vectors", vectors), ("tiles", tiles))
-        for phase in sorted(of_role, key=lambda phase: passed(role, order).index(phase.end))
+        for of_role in (vectors, tiles)
+        for phase in sorted(of_role, key=lambda phase: passed(phase.role, order).index(phase.end))
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from clusterfusion.arguments import as_int
-from clusterfusion.bench.options import parse_contexts
+from clusterfusion.bench.options import parse_contexts, some_contexts
 from clusterfusion.engine import MODES, Engine, load
 from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.named_shapes import named_shape
@@ -69,15 +69,7 @@ def decode_options(
             f"contexts is {max(chosen)}, which makes {max(chosen) + new_tokens} tokens with the {new_tokens} new ones; the "
             f"model has {limit} positions, so it must be from 1 to {most}"
         )
-    with_peers = chosen
-    if peer_contexts is not None:
-        with_peers = parse_contexts(peer_contexts, _ANY_POSITION, least=1, name="peer_contexts")
-        others = [context for context in with_peers if context not in chosen]
-        if others:
-            raise ArgumentError(
-                f"peer_contexts is {peer_contexts[:80]!r}, where {others[0]} is not a context that is measured; it must be "
-                f"some of {', '.join(map(str, chosen))}"
-            )
+    with_peers = some_contexts(peer_contexts, chosen)
     return DecodeOptions(
         contexts=chosen,
         new_tokens=new_tokens,
