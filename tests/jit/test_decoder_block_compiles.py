@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -11,6 +12,7 @@ from clusterfusion.jit.compiler import compile_program
 from clusterfusion.jit.decoder_block import ElementType, block_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.plan import B200, H200, RTX_5090, PlanLimits, plan_block
+from clusterfusion.plan.block import MATRICES
 
 HALVES = dataclasses.replace(named_shape("pythia-2.8b"), parallel_residual=False)  # of the seed's two half layers
 TANH = dataclasses.replace(named_shape("pythia-160m"), activation="gelu_tanh", parallel_residual=False)
@@ -23,10 +25,18 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("sequential", named_shape("redpajama-incite-3b"), H200, "sm_90a", "float16", "float32"),
     ("2.8b in halves, fp16 residual", HALVES, H200, "sm_90a", "float16", "float16"),
     ("2.8b", named_shape("pythia-2.8b"), B200, "sm_100a", "float16", "float32"),
+    ("160m", named_shape("pythia-160m"), B200, "sm_100a", "float16", "float32"),
     ("sequential, tanh, bf16", TANH, B200, "sm_100a", "bfloat16", "float32"),
     ("2.8b", named_shape("pythia-2.8b"), RTX_5090, "sm_120a", "float16", "float32"),
+    ("410m in bf16", named_shape("pythia-410m"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("sequential", named_shape("redpajama-incite-3b"), RTX_5090, "sm_120a", "float16", "float32"),
     ("12b, three warps", named_shape("pythia-12b"), RTX_5090, "sm_120a", "bfloat16", "float32"),
 ]
+
+
+def test_every_order_of_the_matrices_is_compiled_for_every_architecture() -> None:
+    seen = {(architecture, plan_block(config, limits).order) for _, config, limits, architecture, *_ in CASES}
+    assert seen == set(itertools.product(("sm_90a", "sm_100a", "sm_120a"), MATRICES))
 
 
 @pytest.mark.parametrize(
