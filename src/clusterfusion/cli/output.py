@@ -69,9 +69,19 @@ def progress_lines() -> Callable[[str], None]:
     return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
 
 
+OUTPUTS = ("--json", "--markdown", "--plots")
+
+
 def command_line() -> str:
-    """The command as a shell would take it."""
-    return shlex.join(["clusterfusion", *sys.argv[1:]])
+    """The command as a shell would take it, for reports: without the options that only say where they go."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in OUTPUTS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{option}=" for option in OUTPUTS)):
+            kept.append(word)
+    return shlex.join(["clusterfusion", *kept])
 
 
 def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[str], None], note: str = "") -> None:

@@ -67,7 +67,10 @@ class VectorWarps : public Attention<S> {
                    : n == 2 ? w.now().norm2_weight
                             : w.now().norm2_bias;
           },
-          [&](float (&values)[kItems]) { residual.read_input(*this, values); },
+          [&](float (&values)[kItems]) {
+            residual.read_input(*this, values);
+            trace_.mark(TraceEvent::residual_read);
+          },
           [&] { store_biases(biases); });
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
@@ -133,7 +136,12 @@ class VectorWarps : public Attention<S> {
   __device__ void final_norm(const void* weight, const void* bias, Residual& residual) {
     trace_.mark(TraceEvent::begin);
     normalise<false>(
-        [&](int n) { return n == 0 ? weight : bias; }, [&](float (&values)[kItems]) { residual.read_input(*this, values); }, [] {});
+        [&](int n) { return n == 0 ? weight : bias; },
+        [&](float (&values)[kItems]) {
+          residual.read_input(*this, values);
+          trace_.mark(TraceEvent::residual_read);
+        },
+        [] {});
     this->signal(kNormed);
     trace_.mark(TraceEvent::normed);
   }
@@ -182,7 +190,6 @@ class VectorWarps : public Attention<S> {
       valid = at - values + 4;
     });
     read(values);
-    trace_.mark(TraceEvent::residual_read);
     const NormTransform t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
