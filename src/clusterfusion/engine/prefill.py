@@ -9,8 +9,7 @@ Arithmetic is that of reference.py: operands of matrix products, the keys and va
 dtype; norms, rotary embedding and the residual stream are float32 (float64 for float64). On a CPU the two fused operations are
 PyTorch's, in any dtype.
 
-No CUDA graph: a layer's launches take the host about as long as its weights take to be read, so a graph could save at most
-half of the shortest prompts' time, for a capture and its memory for every length of prompt.
+Why so, and why without a CUDA graph: docs/decisions/0005-prefill.md.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from clusterfusion.ops.rotary_to_cache import RotaryToCache
 from clusterfusion.weights import DecoderWeights, LayerWeights
 
 # Of a longer prompt so many tokens go through all layers at a time. Matrix products are as fast with these as with more, and
-# what a chunk needs stays small: 28 bytes a token for each of hidden_size (Pythia-12B: 0.3 GB).
+# what a chunk needs stays small: 30 bytes a token for each of hidden_size (Pythia-12B: 0.3 GB).
 CHUNK_TOKENS = 2048
 _FLASH_HEAD_MULTIPLE, _FLASH_HEAD_MOST = 8, 256
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
