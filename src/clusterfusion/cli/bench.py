@@ -84,6 +84,56 @@ def layer(
 
 
 @bench.command()
+def prefill(
+    model: ModelArgument = None,
+    random_weights: RandomWeights = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts' lengths in tokens, with commas between; 16,128,512,1024,2048 if left out."),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each loop at each length; at least 5.")] = 20,
+    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")] = None,
+    json_file: JsonOption = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table to this file as Markdown.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Measure the time to the first token after prompts: ours in the fastest mode, the reference's, transformers'. Without a
+    GPU: the reference mode on a short prompt."""
+    check_writable(json_file)
+    check_writable(markdown, "--markdown")
+    from clusterfusion.bench import prefill as made
+    from clusterfusion.bench.decode.options import check_source, has_gpu, load_model
+
+    progress, command, on_gpu = progress_lines(), command_line(), has_gpu()
+
+    def options_for(max_position: int | None) -> made.PrefillOptions:
+        return made.prefill_options(max_position, on_gpu=on_gpu, prompts=prompts, runs=runs, peers=peers)
+
+    options_for(check_source(model, random_weights, on_gpu, "bench prefill"))
+    engine = load_model(model, random_weights, dtype)
+    options = options_for(engine.config.max_position)
+
+    def write(report: made.PrefillReport) -> None:
+        write_json(
+            json_file,
+            made.to_json(report),
+            progress,
+            f", with {len(report.prompts)} of {len(options.prompts)} prompts",
+        )
+        if markdown is not None:
+            write_whole(markdown, made.markdown(report))
+
+    report = made.measure_prefill(engine, options, progress, command, write)
+    if report.interrupted:
+        write(report)
+    _show([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@bench.command()
 def roofline(
     gigabytes: Annotated[
         float, typer.Option("--bytes", help="Gigabytes (10^9 bytes) to read, and some fractions of it.", metavar="GB")
