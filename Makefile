@@ -19,7 +19,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format gpu-test gpu-record clean
+.PHONY: help setup demo test lint format benchmark-docs gpu-test gpu-record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ lint: setup ## ruff check, ruff format --check, mypy
 format: setup ## let ruff mend and format the Python files
 	@$(BIN)/ruff check --fix --quiet || true
 	@$(BIN)/ruff format
+
+benchmark-docs: setup ## draw docs/benchmarks.md and the README's plot from benchmarks/results
+	@$(BIN)/python scripts/benchmark_docs.py
 
 # On a GPU machine: the .venv if there is one, else a Python that already has torch and pytest, else a fresh .venv.
 HAS_TORCH := import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "pytest"))))

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
 
-A VARIANT is ctas=C,warps=W,rows=R,stages=S,window=N,upfirst=0|1; what is left out is as the plan has it. `rows` of hidden_size make a
+A VARIANT is ctas=C,warps=W,vectors=V,tiles=T,stages=S,window=N,upfirst=0|1; what is left out is as the plan has it. T tiles make a
 stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
 the time of a layer goes.
 """
@@ -34,21 +34,22 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     knobs = {name: int(value) for name, value in (part.split("=") for part in text.split(",") if part)}
     c = plan.config
     ctas = knobs.get("ctas", plan.ctas)
-    stage = knobs["rows"] * c.hidden_size * 2 if "rows" in knobs else plan.stage_bytes
-    stage = -(-stage // 128) * 128
+    tiles = knobs.get("tiles", plan.stage_tiles)
+    stage = plan.tile_bytes * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
     cache_stages = knobs.get("deep", plan.cache_stages // plan.vector_warps) * vectors
     tokens = block.cache_tile_tokens(c, knobs.get("cache", plan.cache_stages * plan.cache_stage_bytes) // cache_stages)
     cache_stage = -(-block._tile_bytes(c, tokens) // 128) * 128
-    fixed = block.fixed_shared_bytes(c, ctas, stage, warps, vectors, cache_stages, cache_stage)
-    most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES) // warps * warps
-    stages = min(knobs.get("stages", most), most, 64) // warps * warps
+    fixed = block.fixed_shared_bytes(c, ctas, plan.tile_bytes, warps, vectors, cache_stages, cache_stage)
+    most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES)
+    teams = warps // tiles
+    stages = min(knobs.get("stages", most), most, 64) // teams * teams
     splits = min(ctas // c.num_heads, block.MOST_SPLITS)
     splits = splits // 2 * 2 if splits > 1 else splits
-    window = knobs.get("window", plan.window_stages)
+    window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
-        plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, stage_bytes=stage,
+        plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=plan.tile_bytes, stage_tiles=tiles,
         window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,
         shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
     )  # fmt: skip
@@ -124,7 +125,7 @@ def main() -> None:
         ms, wall = statistics.median(times[name]), statistics.median(walls[name])
         same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
         print(
-            f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_bytes} win {plan.window_stages:2d}: "
+            f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_tiles} x {plan.tile_bytes} win {plan.window_stages:2d}: "
             f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}",
             flush=True,
         )
@@ -154,7 +155,10 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
             f"min {took.min():7.2f}  max {took.max():7.2f}"
         )
     total = (middle[:, 1:, 0] - middle[:, :-1, 0]).mean()
-    print(f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer")
+    print(
+        f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer, "
+        f"the producer for room {at['room_waited'].mean():.2f}"
+    )
 
 
 if __name__ == "__main__":

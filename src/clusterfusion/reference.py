@@ -1,4 +1,4 @@
-"""The mathematics of the decoder in plain PyTorch: ground truth of every kernel, prefill, and the path without a GPU.
+"""The mathematics of the decoder in plain PyTorch: ground truth of every kernel, and the path without a GPU.
 
 GPT-NeoX (Black et al. 2022; transformers' GPTNeoXForCausalLM) and LLaMA (Touvron et al. 2023; LlamaForCausalLM) are one
 function here; what differs is data in DecoderConfig. Two dtypes matter: matrix products take operands of `dtype`, while

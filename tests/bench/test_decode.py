@@ -40,8 +40,10 @@ def test_what_is_left_out_fits_the_model_and_the_machine() -> None:
     assert (gpu.contexts, gpu.new_tokens, gpu.runs) == (DEFAULT_CONTEXTS, 128, 5)
     assert gpu.modes == ("model", "graph", "fused", "split")
     assert gpu.peer_contexts == gpu.contexts
-    assert gpu.room == 1900 + 128
-    assert decode_options(600, on_gpu=True).contexts == (16,)
+    assert gpu.room == 2048
+    assert decode_options(600, on_gpu=True).contexts == (16, 128, 472), (
+        "what is too long becomes the longest there is room for"
+    )
     short = decode_options(10, on_gpu=True)
     assert (short.contexts, short.new_tokens) == ((5,), 5)
     cpu = decode_options(2048, on_gpu=False, peers=False)

@@ -6,50 +6,12 @@ import io
 import json
 
 import pytest
+from bench.fabricated import CEILING, CONFIG, MS_A_TOKEN, report
 from rich.console import Console
 
 from clusterfusion.bench.costs import decode_bytes, kv_bytes, mean_cached_tokens, whole_step_weight_bytes
-from clusterfusion.bench.decode.options import decode_options
-from clusterfusion.bench.decode.report import ContextTimes, DecodeReport, LoopTimes, ModelFacts, to_json
+from clusterfusion.bench.decode.report import to_json
 from clusterfusion.bench.decode.tables import heading, lines, markdown, table
-from clusterfusion.bench.environment import Origin
-from clusterfusion.named_shapes import named_shape
-
-CONFIG = named_shape("pythia-2.8b")
-READ_BYTES = 4_000_000_000
-CEILING = 5e12
-MS_A_TOKEN = kv_bytes(CONFIG, 1) / CEILING * 1e3  # that reading one cached token takes
-
-
-def loop(ms: float, **more: int | None) -> LoopTimes:
-    return LoopTimes((ms * 0.99, ms, ms * 1.02, ms, ms), (30.0, 31.0, 29.0, 30.0, 30.0), 128, 6_000_000_000, **more)
-
-
-def at(context: int) -> ContextTimes:
-    """`model` pays for a cached token 1.5 times what reading it takes, `graph` nothing."""
-    peers = {
-        "transformers eager": loop(25.0),
-        "transformers compile": LoopTimes((), (), error="Unsupported: [no] triton"),
-    }
-    if context == 1024:
-        peers["transformers compile"] = loop(4.0)
-    read_ms = {"bulk copies": (0.8,) * 100, "loads": (1.0,) * 100}
-    modes = {"model": loop(1.4 + 1.5 * MS_A_TOKEN * context), "graph": loop(2.0)}
-    return ContextTimes(context, modes, peers, read_ms, ())
-
-
-def report(*contexts: int) -> DecodeReport:
-    return DecodeReport(
-        options=decode_options(2048, on_gpu=True, contexts="16,512,1024", modes="model,graph,fused"),
-        origin=Origin(
-            "2026-11-24", "clusterfusion bench decode", {"name": "NVIDIA Fabricated"}, {"torch": "2"}, "0" * 64
-        ),
-        model=ModelFacts("pythia-2.8b (random weights)", CONFIG, "float16", 2, False),
-        left_out={"fused": "there is no fuse"},
-        missing=(),
-        read_bytes=READ_BYTES,
-        contexts=tuple(at(context) for context in contexts),
-    )
 
 
 def test_bytes_are_those_of_a_whole_step_at_the_mean_context() -> None:
@@ -123,6 +85,7 @@ def test_lines_say_slopes_peers_and_what_is_not_there() -> None:
         in said
     )
     assert "context 1024: model is 16.66x as fast as transformers eager, 2.67x as fast as transformers compile" in said
+    assert "context 512: first token after 30.0 ms, 1.00 of transformers eager's 30.0 ms" in said
     assert "mode fused left out: there is no fuse" in said
     assert "transformers compile failed at context 16, 512: Unsupported: [no] triton" in said
     assert not any("FAILED" in line for line in said)

@@ -78,7 +78,7 @@ def test_a_run_measures_every_form_at_every_context(options: LayerOptions) -> No
 
 def test_peers_that_fail_are_in_the_report(options: LayerOptions) -> None:
     """Without a GPU every peer fails, each with its reason."""
-    report = layer.measure_layers(dataclasses.replace(options, peers=True), lambda line: None)
+    report = layer.measure_layers(dataclasses.replace(options, peer_contexts=options.contexts), lambda line: None)
     for context in to_json(report)["contexts"]:
         assert len(context["peers"]) == 3
         assert all(peer["error"] for peer in context["peers"].values())

@@ -119,7 +119,8 @@ def test_tiles_that_leave_the_lm_head_to_others_end_with_their_last_event(order:
 
     plan = small_plan(order=order)
     words = make_record(plan, gaps)
-    words.reshape(-1)[: int(np.prod(layout.trace_shape(plan)))].reshape(layout.trace_shape(plan))[:, -1, -1] = 0
+    events = words.reshape(-1)[: int(np.prod(layout.trace_shape(plan)))].reshape(layout.trace_shape(plan))
+    events[:, -1, layout.EVENTS.index(layout.DATA_WAITED)] = 0
     timeline = read_record(words, plan)
     begin, end = timeline.bounds("tiles")
     assert np.isnan(begin[:, -1]).all() and np.isnan(end[:, -1]).all()

@@ -105,7 +105,7 @@ def make_record(
                         now += mine[event]
                         events[cta, layer, trace.EVENTS.index(event)] = clock + clocks_per_ns * now
         waited = [DATA_WAITED] * c.num_layers + [HEAD_DATA_WAITED]
-        events[cta, :, -1] = clocks_per_ns * np.array(waited)
+        events[cta, :, trace.EVENTS.index(trace.DATA_WAITED)] = clocks_per_ns * np.array(waited)
         end = START + c.num_layers * LAYER + HEAD["vectors"]["begin"] + HEAD_LAYER
         seen = [(started + ns) // timer_ns * timer_ns for ns in (0, end)]
         clocks[cta] = clock, seen[0], clock + clocks_per_ns * end, seen[1]

@@ -38,6 +38,29 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_prefill_runs_on_a_cpu_and_writes_both_files(tmp_path: Path) -> None:
+    files = tmp_path / "times.json", tmp_path / "times.md"
+    done = run(
+        "prefill",
+        "demo",
+        "--prompts",
+        "5",
+        "--runs",
+        "5",
+        "--no-peers",
+        "--json",
+        str(files[0]),
+        "--markdown",
+        str(files[1]),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+    assert json.loads(files[0].read_text())["prompts"][0]["prompt"] == 5
+    assert "| 5 | reference |" in files[1].read_text()
+    refused = run("prefill", "--random-weights", "pythia-2.8b")
+    assert refused.returncode == 1 and "bench prefill of pythia-2.8b needs an NVIDIA GPU" in refused.stderr
+
+
 def test_without_a_gpu_one_line_says_what_is_needed(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     done = run("layer", "--random-weights", "pythia-2.8b", "--json", str(file))

@@ -106,6 +106,26 @@ for options in {options}:
         assert len(list(decoder.stream(3, 40, 6, temperature, seed=5))) == 6
 """
 
+PREFILL = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from clusterfusion import reference
+from clusterfusion.engine.prefill import Prefill
+from tiny_models import tiny_model, weights_of
+for family, options in (
+    ("gpt_neox", {}),
+    ("gpt_neox", {"hidden_size": 160, "num_attention_heads": 2, "use_parallel_residual": False}),
+    ("llama", {"hidden_size": 36, "head_dim": 20, "attention_bias": True}),
+):
+    weights = weights_of(tiny_model(family, **options).to("cuda", torch.float16))
+    cache = reference.KVCache.allocate(weights.config, 90, torch.float16, "cuda")
+    prefill = Prefill(weights, cache, 32)
+    for tokens, position in ((1, 0), (50, 1), (39, 51)):
+        ids = torch.arange(tokens, device="cuda")
+        assert prefill.run(ids, position).isfinite().all()
+"""
+
 WORKLOADS = {
     "norms": """
 import torch, clusterfusion
@@ -125,6 +145,7 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
 """,
     "decoder layer, parallel": LAYER.format(options=PARALLEL),
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
+    "prefill": PREFILL,
     "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0]), family="gpt_neox"),
     "decode step, LLaMA": STEP.format(options=LLAMA, family="llama"),
 }

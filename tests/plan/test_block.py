@@ -127,11 +127,14 @@ def plan() -> BlockPlan:
         ({"splits": 6}, "CTAs for every bundle"),
         ({"splits": 3}, "a cluster works on one bundle"),
         ({"queries": 2}, "a bundle's heads share a K/V head"),
-        ({"stages": 17}, "a stage belongs to one warp"),
+        ({"stages": 17}, "a stage belongs to one team"),
+        ({"warps": 9}, "a team has a warp for each tile of a stage: 9"),
+        ({"stages": 18}, "a stage belongs to one team"),
         ({"window_stages": 0}, "the window is part of the ring"),
         ({"window_stages": 99}, "the window is part of the ring"),
-        ({"stage_bytes": 5000}, "stage alignment"),
-        ({"stage_bytes": 4096}, "a row of hidden_size fits a stage"),
+        ({"tile_bytes": 5000}, "tile alignment"),
+        ({"tile_bytes": 4096}, "a row of hidden_size fits a tile"),
+        ({"tile_bytes": 7680}, "tiles of a stage are alike"),
     ],
 )
 def test_the_check_sees_a_plan_that_does_not_fit(plan: BlockPlan, change: dict[str, int], complaint: str) -> None:

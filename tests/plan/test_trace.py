@@ -17,12 +17,12 @@ from clusterfusion.plan.block import MATRICES, Order
 def test_the_record_has_the_agreed_events_and_size() -> None:
     assert len(trace.TIMES) == 25
     assert trace.EVENTS[0] == "begin" and trace.EVENTS[13:15] == ("published", "project_wait")
-    assert trace.EVENTS[-2:] == ("logits_done", "data_waited")
+    assert trace.EVENTS[-3:] == ("logits_done", "data_waited", "room_waited")
     plan = plan_block(named_shape("pythia-2.8b"), H200)
-    assert trace.trace_shape(plan) == (132, 33, 26)
-    assert trace.trace_words(plan) == 132 * 33 * 26 + 132 * 4
+    assert trace.trace_shape(plan) == (132, 33, 27)
+    assert trace.trace_words(plan) == 132 * 33 * 27 + 132 * 4
     few = dataclasses.replace(plan, ctas=8)
-    assert trace.trace_words(few) == 8 * 33 * 26 + 8 * 4
+    assert trace.trace_words(few) == 8 * 33 * 27 + 8 * 4
 
 
 def test_the_program_has_the_same_events() -> None:

@@ -3,7 +3,9 @@
 Times (`clusterfusion bench`)
 
 `layer`         `clusterfusion bench layer`: the decoder layers of a model alone
+`full`          `clusterfusion bench full`: `decode`, and perplexity; a package
 `decode`        `clusterfusion bench decode`: whole generate loops; a package, which says what is in it
+`prefill`       `clusterfusion bench prefill`: time to the first token after prompts
 `roofline`      `clusterfusion bench roofline`: what this GPU reads, at several sizes
 `trace`         `clusterfusion bench trace`: where one step's time goes, as each CTA recorded it; a package
 `options`       what `bench layer` is to measure, checked
@@ -30,5 +32,7 @@ Results
 
 Both
 
+`results`       what plots and pages read of result files
+`plots`         figures of a result, as PNG and SVG
 `environment`   device, versions, digest of the sources, command: what a result file needs to be evidence
 """

@@ -48,7 +48,7 @@ def measure_layers(
     dtype = getattr(torch, options.dtype)
     room = -(-(max(options.contexts) + 1) // CACHE_UNIT) * CACHE_UNIT
     read_bytes = data_bytes(costs.weight_bytes(config))
-    kv_copies = 1 + len(PEERS) * options.peers
+    kv_copies = 1 + len(PEERS) * bool(options.peer_contexts)
     needed = costs.weight_bytes(config) + kv_copies * costs.kv_bytes(config, room) + read_bytes + LEAD_BYTES
     require_memory(f"bench layer of {options.shape}", needed, device)
 
@@ -63,7 +63,7 @@ def measure_layers(
     x = uniform((config.hidden_size,), 0.0, 1.0, _RESIDUAL, dtype, device).float()
     progress("compiling the kernels")
     forms = [Form(name, weights, cache, x) for name in FORMS]
-    peers = Peers(weights, cache, x) if options.peers else None
+    peers = Peers(weights, cache, x) if options.peer_contexts else None
 
     origin = environment.origin(command, device)
     timer = DeviceTimer(ceiling.lead)
@@ -74,7 +74,8 @@ def measure_layers(
             form.set_context(context)
         expected = agreed_output({form.name: form.output() for form in forms}, context)
         progress(f"context {context}: {', '.join(FORMS)} agree to the bit")
-        setups = _set_up_peers(peers, context, expected, options.repeats, progress)
+        with_peers = peers if context in options.peer_contexts else None
+        setups = _set_up_peers(with_peers, context, expected, options.repeats, progress)
         progress(f"context {context}: measuring")
         candidates = ceiling.candidates(options.repeats) + [form.candidate(options.repeats) for form in forms]
         candidates += [setup.candidate for setup in setups if setup.candidate is not None]

@@ -14,6 +14,7 @@ DTYPES = ("float16", "bfloat16")
 FEWEST_REPEATS = 100  # a median of fewer is no evidence
 MOST_REPEATS = 100_000
 DEFAULT_CONTEXTS = (16, 512, 1024, 2047)
+_ANY_POSITION = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LayerOptions:
     contexts: tuple[int, ...]
     dtype: str
     repeats: int
-    peers: bool
+    peer_contexts: tuple[int, ...]  # those that transformers is measured at
 
     @property
     def layers(self) -> int:
@@ -40,8 +41,10 @@ def layer_options(
     dtype: str = "float16",
     repeats: int = FEWEST_REPEATS,
     peers: bool = True,
+    peer_contexts: str | None = None,
 ) -> LayerOptions:
-    """The options, checked. `contexts` may be text such as "16,512".
+    """The options, checked. `contexts` may be text such as "16,512"; with `peers`, transformers is measured at
+    `peer_contexts`, all of them if None.
 
     Raises ArgumentError naming the option, its value and what is needed; UnsupportedModelError for a shape that the
     kernels do not run.
@@ -60,14 +63,29 @@ def layer_options(
     if layers is not None:
         layers = as_int("layers", layers, 1, config.num_layers)
         config = dataclasses.replace(config, num_layers=layers)
+    chosen = parse_contexts(contexts, config.max_position - 1)
     return LayerOptions(
         shape=shape,
         config=config,
-        contexts=parse_contexts(contexts, config.max_position - 1),
+        contexts=chosen,
         dtype=dtype,
         repeats=as_int("repeats", repeats, FEWEST_REPEATS, MOST_REPEATS),
-        peers=peers,
+        peer_contexts=some_contexts(peer_contexts, chosen) if peers else (),
     )
+
+
+def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `contexts` that text such as "16,512" names; all of them if None. Raises ArgumentError for another."""
+    if peer_contexts is None:
+        return contexts
+    chosen = parse_contexts(peer_contexts, _ANY_POSITION, name="peer_contexts")
+    others = [context for context in chosen if context not in contexts]
+    if others:
+        raise ArgumentError(
+            f"peer_contexts is {peer_contexts[:80]!r}, where {others[0]} is not a context that is measured; it must be "
+            f"some of {', '.join(map(str, contexts))}"
+        )
+    return chosen
 
 
 def parse_contexts(

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clusterfusion import reference
 from clusterfusion.arguments import as_int
 from clusterfusion.bench.agreement import negative_log_likelihood
 from clusterfusion.bench.evaluation import Facts, Pace, Progress, Sides
@@ -150,7 +149,7 @@ def perplexity(
     cache_bytes = 2 * engine.config.kv_elements_per_token * room * engine.dtype.itemsize
     require_memory(f"two K/V caches of {room} tokens", cache_bytes, engine.device)
     session = Session(engine.weights, room, engine.mode)
-    cache = reference.KVCache.allocate(engine.config, room, engine.dtype, engine.device)
+    prompts = Session(engine.weights, room, engine.mode)
     steps = Pace(progress, "decoded tokens", sum(w.end - w.start - 1 for w in todo))
     progress(f"{len(ids)} tokens in {len(todo)} windows of {room}, stride {stride} ({source})")
     nats: dict[str, list[Tensor]] = {path: [] for path in PATHS}
@@ -162,7 +161,7 @@ def perplexity(
             scored = len(tokens) - (one.end - one.first)  # where they begin, in the window
             results = (
                 _decode(session, tokens, scored, steps, decoded),
-                _prefill(engine, cache, tokens, scored),
+                _prefill(prompts, tokens, scored),
                 _score(sides.peer.logits(tokens), tokens, scored),
             )
             for path, values in zip(PATHS, results, strict=True):
@@ -202,9 +201,10 @@ def _decode(session: Session, tokens: list[int], scored: int, pace: Pace, decode
     return torch.cat(values)
 
 
-def _prefill(engine: Engine, cache: reference.KVCache, tokens: list[int], scored: int) -> Tensor:
-    ids = torch.tensor(tokens, device=engine.device)
-    return _score(reference.forward(engine.weights, ids, cache, 0, last_only=False), tokens, scored)
+def _prefill(session: Session, tokens: list[int], scored: int) -> Tensor:
+    """The same in one call, as the engine takes in a prompt in its mode."""
+    session.reset()
+    return _score(session.prefill_all(tokens), tokens, scored)
 
 
 def _score(logits: Tensor, tokens: list[int], scored: int) -> Tensor:

@@ -83,6 +83,8 @@ def main() -> NoReturn:
             raise
         if isinstance(error, ClusterFusionError):
             _fail(str(error))
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            _fail(f"out of memory: {error}; take a smaller model, a shorter context, or fewer modes and peers")
         _fail(f"{type(error).__name__}: {error} (this is a bug; --debug shows the trace)")
     if status == EXIT_INTERRUPTED:  # some versions of typer return it instead of raising Abort
         typer.echo("clusterfusion: interrupted", err=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clusterfusion.cli.bench_loops import PeerContextsOption, PeersOption, decode, full
 from clusterfusion.cli.output import (
-    EXIT_DIFFERENT,
     EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
@@ -17,16 +16,13 @@ from clusterfusion.cli.output import (
     check_writable,
     command_line,
     progress_lines,
-    report_console,
+    show_report,
+    so_far,
     write_json,
     write_whole,
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from clusterfusion.bench.decode.options import DecodeOptions
-    from clusterfusion.bench.decode.report import DecodeReport
     from clusterfusion.bench.report import LayerReport
 
 bench = typer.Typer(
@@ -42,6 +38,10 @@ def _group() -> None:
     pass
 
 
+bench.command()(full)
+bench.command()(decode)
+
+
 @bench.command()
 def layer(
     random_weights: Annotated[
@@ -52,91 +52,86 @@ def layer(
     layers: Annotated[int | None, typer.Option(help="Decoder layers; all of the model's if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and K/V cache: float16 or bfloat16.")] = "float16",
     repeats: Annotated[int, typer.Option(help="Samples of each form; at least 100. Slow peers get fewer.")] = 100,
-    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
+    peers: PeersOption = True,
+    peer_contexts: PeerContextsOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure decoder layers alone: no embedding, no LM head; one token, one stream, random weights."""
     from clusterfusion.bench.options import layer_options
 
     check_writable(json_file)
-    options = layer_options(random_weights, contexts=contexts, layers=layers, dtype=dtype, repeats=repeats, peers=peers)
+    options = layer_options(
+        random_weights,
+        contexts=contexts,
+        layers=layers,
+        dtype=dtype,
+        repeats=repeats,
+        peers=peers,
+        peer_contexts=peer_contexts,
+    )
 
     from clusterfusion.bench.layer import measure_layers
-
-    progress = progress_lines()
+    from clusterfusion.cli.progress import ProgressBar
 
     def write(report: LayerReport) -> None:
         from clusterfusion.bench.report import to_json
 
-        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
+        write_json(json_file, to_json(report), progress, so_far(report.contexts, options.contexts))
+        progress.share(len(report.contexts) / len(options.contexts))
 
-    _print(measure_layers(options, progress, command_line(), write))
+    with ProgressBar() as progress:
+        report = measure_layers(options, progress, command_line(), write)
+    _print(report)
 
 
 @bench.command()
-def decode(
+def prefill(
     model: ModelArgument = None,
     random_weights: RandomWeights = None,
-    contexts: Annotated[
-        str | None, typer.Option(help="Prompts' lengths in tokens, with commas between; 16,512,1024,1900 if left out.")
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts' lengths in tokens, with commas between; 16,128,512,1024,2048 if left out."),
     ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt; 128 if left out.")] = None,
-    runs: Annotated[int, typer.Option(help="Timed runs of each loop; at least 5. Slow peers get fewer.")] = 5,
-    modes: Annotated[
-        str, typer.Option(help="Modes with commas between; one that cannot run here is left out, with the reason.")
-    ] = "model,graph,fused,split",
+    runs: Annotated[int, typer.Option(help="Timed runs of each loop at each length; at least 5.")] = 20,
     peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
-    peer_contexts: Annotated[
-        str | None, typer.Option(help="Contexts to measure transformers at; all of them if left out.")
-    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")] = None,
     json_file: JsonOption = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Write the table to this file as Markdown.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Measure whole greedy generate loops: wall time per output token, ours in every mode, transformers', and the time that
-    reading the bytes takes. Without a GPU: the reference mode, few tokens, no floor. Exit status 3 if tokens of our modes
-    differ."""
+    """Measure the time to the first token after prompts: ours in the fastest mode, the reference's, transformers'. Without a
+    GPU: the reference mode on a short prompt."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
-    from clusterfusion.bench.decode.options import check_source, decode_options, has_gpu, load_model
+    from clusterfusion.bench import prefill as made
+    from clusterfusion.bench.decode.options import check_source, has_gpu, load_model
 
     progress, command, on_gpu = progress_lines(), command_line(), has_gpu()
 
-    def options_for(max_position: int | None) -> DecodeOptions:
-        return decode_options(
-            max_position,
-            on_gpu=on_gpu,
-            contexts=contexts,
-            new_tokens=new_tokens,
-            runs=runs,
-            modes=modes,
-            peers=peers,
-            peer_contexts=peer_contexts,
-        )
+    def options_for(max_position: int | None) -> made.PrefillOptions:
+        return made.prefill_options(max_position, on_gpu=on_gpu, prompts=prompts, runs=runs, peers=peers)
 
-    options_for(check_source(model, random_weights, on_gpu))  # what can be checked before a model is loaded
+    options_for(check_source(model, random_weights, on_gpu, "bench prefill"))
     engine = load_model(model, random_weights, dtype)
     options = options_for(engine.config.max_position)
 
-    from clusterfusion.bench.decode import tables
-    from clusterfusion.bench.decode.measure import measure_decode
-    from clusterfusion.bench.decode.report import to_json
-
-    def write(report: DecodeReport) -> None:
-        write_json(json_file, to_json(report), progress, _so_far(report.contexts, options.contexts))
+    def write(report: made.PrefillReport) -> None:
+        write_json(
+            json_file,
+            made.to_json(report),
+            progress,
+            f", with {len(report.prompts)} of {len(options.prompts)} prompts",
+        )
         if markdown is not None:
-            write_whole(markdown, tables.markdown(report))
+            write_whole(markdown, made.markdown(report))
 
-    report = measure_decode(engine, options, progress, command, write)
+    report = made.measure_prefill(engine, options, progress, command, write)
     if report.interrupted:
         write(report)
-    _show(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
+    show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if report.differences:
-        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @bench.command()
@@ -156,7 +151,7 @@ def roofline(
     progress = progress_lines()
     report = made.measure_roofline(options, progress, command_line())
     write_json(json_file, made.to_json(report), progress)
-    _show([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
+    show_report([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
 
 
 @bench.command()
@@ -198,11 +193,7 @@ def trace(
     if out is not None:
         write_whole(out, file_content(report.to_chrome(), out.name))
         progress(f"written to {out}")
-    _show(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
-
-
-def _so_far(done: Sequence[object], asked: Sequence[object]) -> str:
-    return f", with {len(done)} of {len(asked)} contexts"
+    show_report(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
 
 
 def _print(report: LayerReport) -> None:
@@ -212,17 +203,4 @@ def _print(report: LayerReport) -> None:
         f"{SCOPE}. Medians of CUDA-event times; fused and split are launched by the host, the graphs are CUDA graphs. "
         "Where the host is slower than the GPU, as with eager peers, the time is the host's."
     )
-    _show(heading(report), [table(report)], failures(report), note)
-
-
-def _show(heading: Sequence[str], tables: Sequence[Table], lines: Sequence[str], note: str) -> None:
-    console = report_console()
-    for line in heading:
-        console.print(line, soft_wrap=True)
-    for index, table in enumerate(tables):
-        if index:
-            console.print()
-        console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    console.print(note, style="dim")
+    show_report(heading(report), [table(report)], failures(report), note)

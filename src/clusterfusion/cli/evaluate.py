@@ -17,7 +17,7 @@ from clusterfusion.cli.output import (
     check_writable,
     command_line,
     progress_lines,
-    report_console,
+    show_report,
     write_json,
 )
 
@@ -149,11 +149,4 @@ def show(facts: Facts, table: Table | None, lines: Sequence[str], note: str) -> 
     """The report on stdout: what was measured, the table, what it says, and what to know of it."""
     from clusterfusion.bench.evaluation import heading
 
-    console = report_console()
-    console.print(heading(facts), soft_wrap=True)
-    if table is not None:
-        console.print(table)
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    if note:
-        console.print(note, style="dim")
+    show_report([heading(facts)], [table] if table is not None else [], lines, note)

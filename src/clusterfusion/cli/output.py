@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from clusterfusion.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 EXIT_DIFFERENT = 3  # measured, and found different where it must not be: neither an error (1) nor a usage error (2)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -50,15 +51,37 @@ def check_writable(file: Path | None, option: str = "--json") -> None:
         ) from error
 
 
+def check_folder(folder: Path | None, option: str) -> None:
+    """As `check_writable`, for a folder that may be new."""
+    if folder is None:
+        return
+    there = folder if folder.exists() else folder.absolute().parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ArgumentError(
+            f"{option} is {str(folder)!r}, where nothing can be written; it must name a folder, which may be new in one that "
+            "exists"
+        )
+
+
 def progress_lines() -> Callable[[str], None]:
     """Lines on stderr, each with the seconds since now."""
     began = time.monotonic()
     return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
 
 
+OUTPUTS = ("--json", "--markdown", "--plots")
+
+
 def command_line() -> str:
-    """The command as a shell would take it."""
-    return shlex.join(["clusterfusion", *sys.argv[1:]])
+    """The command as a shell would take it, for reports: without the options that only say where they go."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in OUTPUTS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{option}=" for option in OUTPUTS)):
+            kept.append(word)
+    return shlex.join(["clusterfusion", *kept])
 
 
 def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[str], None], note: str = "") -> None:
@@ -89,8 +112,28 @@ def _write(file: Path, content: str | bytes) -> None:
         file.write_bytes(content)
 
 
+def so_far(done: Sequence[object], asked: Sequence[object]) -> str:
+    """What `write_json` says beside a file of contexts."""
+    return f", with {len(done)} of {len(asked)} contexts"
+
+
 def report_console() -> Console:
     """Stdout, wide enough for any table."""
     from rich.console import Console
 
     return Console(width=max(Console().width, _WIDTH), highlight=False, markup=False)
+
+
+def show_report(heading: Sequence[str], tables: Sequence[Table], lines: Sequence[str], note: str) -> None:
+    """A report on stdout: what was measured, tables, what they say, and what to know of them."""
+    console = report_console()
+    for line in heading:
+        console.print(line, soft_wrap=True)
+    for index, table in enumerate(tables):
+        if index:
+            console.print()
+        console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if note:
+        console.print(note, style="dim")

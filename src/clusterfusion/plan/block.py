@@ -28,11 +28,12 @@ from clusterfusion.plan.sizes import (
     TENSOR_COPY_ALIGNMENT,
     VECTOR,
     bundle_sizes,
+    cache_tile_bytes,
     cache_tile_tokens,
+    even_parts,
     fixed_shared_bytes,
     qkv_rows,
     round_up,
-    tile_bytes,
 )
 
 MAX_HEAD_DIM = 256
@@ -41,14 +42,9 @@ MAX_HEAD_DIM = 256
 MOST_SPLITS = 32
 MOST_SHARED_SPLITS = 128
 # Tile warps to choose from, the most that leave the ring as deep as it can be, or nearly; fewer where shared memory is scarce.
-WARPS = (7, 8, 9, 10, 11)
-SHARED_WARPS = (
-    6,
-    *WARPS,
-)  # where tiles of shared cached tokens take so much room that seven would leave the ring half as deep
-SCARCE_WARPS = (2, 3, 4, 5, 6)
+WARPS = (6, 7, 8, 9, 10, 11)
+SCARCE_WARPS = (2, 3, 4, 5)
 DEEP_ENOUGH = 0.95
-TYPICAL_WARPS = 9
 # Vector warps hold a vector of hidden_size in registers between them: three quads a thread and the norms' weights for them.
 FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 6, 8
 SCARCE_VECTOR_WARPS = 4
@@ -63,9 +59,10 @@ SCARCE_CACHE_BYTES = 8192
 SHARED_CACHE_BYTES = 49152
 SCARCE_SHARED_CACHE_BYTES = 16384
 SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the whole step of 2.8B and 6.9B: stages of 5 and 8 KB, 50 and 64 KB in flight are best. Messages
-# between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
+# Measured on an H200 with the whole step of 2.8B and 6.9B: 50 and 64 KB in flight are best. Messages between CTAs queue behind
+# what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies of 5 KB and less are slow.
 TARGET_STAGE_BYTES = 8192
+MOST_STAGE_TILES = 4
 WINDOW_BYTES = 51200
 WIDE_WINDOW_BYTES = 65536
 MAX_STAGES = 64
@@ -99,7 +96,8 @@ class BlockPlan:
     vector_warps: int  # norms, attention, activations
     warps: int  # tile warps: weights times vectors; one producer warp comes on top
     stages: int  # of the ring of weights
-    stage_bytes: int
+    tile_bytes: int  # what a warp takes at a time
+    stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int
     tile_tokens: int  # cached tokens whose keys and values travel as one tile
     cache_stages: int  # of the ring of cached tokens
@@ -109,6 +107,10 @@ class BlockPlan:
     @property
     def threads(self) -> int:
         return (self.vector_warps + self.warps + 1) * 32
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.tile_bytes * self.stage_tiles
 
     @property
     def order(self) -> Order:
@@ -271,10 +273,14 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    # Few rows a CTA (small models): smaller tiles, so that every warp has one.
-    rows_each = -(-config.hidden_size // ctas)
-    rows_a_tile = max(1, min(TARGET_STAGE_BYTES // row_bytes, -(-rows_each // TYPICAL_WARPS)))
-    stage_bytes = round_up(rows_a_tile * row_bytes, TENSOR_COPY_ALIGNMENT)
+    # A row a tile, so that a phase spreads evenly over the warps; as many tiles a copy as make it large.
+    tile_bytes = round_up(row_bytes, TENSOR_COPY_ALIGNMENT)
+    stage_tiles = 1
+    while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
+        stage_tiles *= 2
+    if not even_parts(config, tile_bytes):
+        stage_tiles = 1
+    stage_bytes = tile_bytes * stage_tiles
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
@@ -282,20 +288,21 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
     up_bytes = config.intermediate_size * row_bytes // ctas
     cache_stages = vector_warps if scarce or (wide and queries == 1) else 2 * vector_warps
     tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
-    cache_stage_bytes = round_up(tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
+    cache_stage_bytes = round_up(cache_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
     def fixed(warps: int) -> int:
         return fixed_shared_bytes(
-            config, ctas, queries, stage_bytes, warps, vector_warps, tile_tokens, cache_stages, cache_stage_bytes
+            config, ctas, queries, tile_bytes, warps, vector_warps, tile_tokens, cache_stages, cache_stage_bytes
         )
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
-        return min(max(room, 0), MAX_STAGES) // warps * warps
+        teams = warps // stage_tiles
+        return min(max(room, 0), MAX_STAGES) // teams * teams
 
-    allowed = [w for w in (WARPS if queries == 1 else SHARED_WARPS) if w + vector_warps < MOST_WARPS]
+    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS and w % stage_tiles == 0]
     if not any(stages_with(w) > 0 for w in allowed):
-        allowed = list(SCARCE_WARPS)
+        allowed = [w for w in SCARCE_WARPS if w % stage_tiles == 0]
     deepest = max(map(stages_with, allowed))
     warps = max(w for w in allowed if stages_with(w) >= DEEP_ENOUGH * deepest)
     stages = stages_with(warps)
@@ -310,7 +317,8 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
         vector_warps=vector_warps,
         warps=warps,
         stages=stages,
-        stage_bytes=stage_bytes,
+        tile_bytes=tile_bytes,
+        stage_tiles=stage_tiles,
         window_stages=max(1, min(stages, _window_bytes(config) // stage_bytes)),
         tile_tokens=tile_tokens,
         cache_stages=cache_stages,
@@ -388,11 +396,17 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.bundles * plan.splits <= plan.ctas, "CTAs for every bundle", plan.splits)
     check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one bundle", plan.splits)
     check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
-    check(plan.stages % plan.warps == 0, "a stage belongs to one warp", plan.stages)
+    check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
+    check(plan.stages % (plan.warps // plan.stage_tiles) == 0, "a stage belongs to one team", plan.stages)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
-    check(plan.stage_bytes % 128 == 0, "stage alignment", plan.stage_bytes)
-    check(c.hidden_size * ELEMENT_BYTES <= plan.stage_bytes, "a row of hidden_size fits a stage", plan.stage_bytes)
-    check(tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes, "a tile of tokens fits a stage", plan.tile_tokens)
+    check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
+    check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)
+    check(plan.stage_tiles == 1 or even_parts(c, plan.tile_bytes), "tiles of a stage are alike", plan.stage_tiles)
+    check(
+        cache_tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes,
+        "a tile of tokens fits a stage",
+        plan.tile_tokens,
+    )
     check(plan.cache_stages % plan.vector_warps == 0, "a stage of cached tokens belongs to one warp", plan.cache_stages)
     check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
     check(plan.threads <= 1024, "threads of a CTA", plan.threads)

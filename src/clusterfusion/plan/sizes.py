@@ -38,17 +38,25 @@ def cache_tile_tokens(config: DecoderConfig, stage_bytes: int) -> int:
     tokens = together
     while (
         tokens + together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * together)
-        and tile_bytes(config, tokens + together) <= stage_bytes
+        and cache_tile_bytes(config, tokens + together) <= stage_bytes
     ):
         tokens += together
     return tokens
+
+
+def even_parts(config: DecoderConfig, tile_bytes: int) -> bool:
+    """Whether rows that are longer than a tile are cut into tiles that are all alike."""
+    return all(
+        elements // VECTOR % -(-elements * ELEMENT_BYTES // tile_bytes) == 0
+        for elements in (config.q_size, config.intermediate_size)
+    )
 
 
 def fixed_shared_bytes(
     config: DecoderConfig,
     ctas: int,
     queries: int,
-    stage_bytes: int,
+    tile_bytes: int,
     warps: int,
     vector_warps: int,
     tile_tokens: int,
@@ -62,7 +70,7 @@ def fixed_shared_bytes(
     vectors = max(2 * vector, vector + round_up(c.intermediate_size * ELEMENT_BYTES, 16))
     partial = queries * 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
-    o_parts, down_parts = (-(-size * ELEMENT_BYTES // stage_bytes) for size in (c.q_size, c.intermediate_size))
+    o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
     scores = 0 if queries == 1 else 4 * tile_tokens * (2 if queries == 2 else round_up(queries, 4))
     attention = (queries + 2) * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
     attention += vector_warps * round_up(scores, 16)
@@ -75,7 +83,7 @@ def fixed_shared_bytes(
     return vectors + attention + rows + cache_stages * (cache_stage_bytes + BARRIER_BYTES) + 640
 
 
-def tile_bytes(config: DecoderConfig, tokens: int) -> int:
+def cache_tile_bytes(config: DecoderConfig, tokens: int) -> int:
     """Of a stage that holds the keys and, behind them, the values of so many tokens of a head."""
     half = tokens * config.head_dim * ELEMENT_BYTES
     return round_up(half, TENSOR_COPY_ALIGNMENT) + half

@@ -46,13 +46,15 @@ class Action(NamedTuple):
     target: int = 0
 
 
-class Tile(NamedTuple):
-    """What one stage holds: rows from `first` on, or part `part` of a row longer than a stage."""
+class Stage(NamedTuple):
+    """What one stage of the ring holds: `tiles` tiles, the first of which starts with row `first`, or is part `part` of it where
+    a row takes several. Rows count as they are streamed: with a gate, two for a row of up."""
 
     name: str
     layer: int
-    first: int  # of the rows as they are streamed: with a gate, two for a row of up
+    first: int
     part: int
+    tiles: int
     bytes: int
 
 
@@ -187,38 +189,43 @@ def streamed_rows(plan: BlockPlan, name: str, rows: range) -> range:
 
 def rows_a_tile(plan: BlockPlan, name: str) -> int:
     """Whole rows of a matrix that travel as one tile; 1 where a row takes several tiles."""
-    return max(1, plan.stage_bytes // (columns(plan, name) * ELEMENT_BYTES))
+    return max(1, plan.tile_bytes // (columns(plan, name) * ELEMENT_BYTES))
 
 
 def row_parts(plan: BlockPlan, name: str) -> tuple[int, ...]:
-    """The elements of a matrix's row that each of its tiles brings: one number unless the row is longer than a stage."""
+    """The elements of a matrix's row that each of its tiles brings: one number unless the row is longer than a tile."""
     elements = columns(plan, name)
-    parts = -(-elements * ELEMENT_BYTES // plan.stage_bytes)
+    parts = -(-elements * ELEMENT_BYTES // plan.tile_bytes)
     each = -(-elements // VECTOR // parts) * VECTOR
     return tuple(min(each, elements - part * each) for part in range(parts))
 
 
-def tiles(plan: BlockPlan, read: Action) -> Iterator[Tile]:
-    """The stages of the ring that a read of weights takes, in order."""
+def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
+    """The stages of the ring that a read of weights takes, in order. A read starts with a stage of its own."""
     parts = row_parts(plan, read.name)
     step = rows_a_tile(plan, read.name)
     streamed = streamed_rows(plan, read.name, read.rows)
-    for first in range(streamed.start, streamed.stop, step):
-        rows = min(step, streamed.stop - first)
-        for part, elements in enumerate(parts):
-            yield Tile(read.name, read.layer, first, part, rows * elements * ELEMENT_BYTES)
+    tiles = [
+        (first, part, min(step, streamed.stop - first) * elements * ELEMENT_BYTES)
+        for first in range(streamed.start, streamed.stop, step)
+        for part, elements in enumerate(parts)
+    ]
+    for at in range(0, len(tiles), plan.stage_tiles):
+        together = tiles[at : at + plan.stage_tiles]
+        first, part, _ = together[0]
+        yield Stage(read.name, read.layer, first, part, len(together), sum(size for _, _, size in together))
 
 
-def producer_order(plan: BlockPlan, cta: int) -> Iterator[Tile]:
-    """The tiles that a CTA's producer copies in one step, in order, never more than `plan.stages` ahead of their use.
+def producer_order(plan: BlockPlan, cta: int) -> Iterator[Stage]:
+    """The stages that a CTA's producer fills in one step, in order, never more than `plan.stages` ahead of their use.
     WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
     c = plan.config
     rows = {name: plan.rows(qkv_rows(c) if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
     rows["up"] = plan.up_rows(cta)
     for layer in range(c.num_layers):
         for name in MATRICES[plan.order]:
-            yield from tiles(plan, Action("read", name, layer, rows[name]))
-    yield from tiles(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
+            yield from stages(plan, Action("read", name, layer, rows[name]))
+    yield from stages(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
 
 
 # -- balance -----------------------------------------------------------------------------------------------------------

@@ -116,18 +116,18 @@ class _Actor:
         self.done = 0
         self.clock = [0] * (len(ROLES) * plan.ctas)
         self.producer = step.producer_order(plan, cta) if role == "tiles" else iter(())
-        self.ring: collections.deque[step.Tile] = collections.deque()
+        self.ring: collections.deque[step.Stage] = collections.deque()
 
     def take(self, read: Action) -> None:
         """The tile warps' side of a read, while the producer keeps the ring as full as it can."""
         ring, producer, stages, stage_bytes = self.ring, self.producer, self.plan.stages, self.plan.stage_bytes
-        for tile in step.tiles(self.plan, read):
+        for stage in step.stages(self.plan, read):
             while len(ring) < stages and (brought := next(producer, None)):
                 ring.append(brought)
             found = ring.popleft() if ring else None
-            if found != tile or tile.bytes > stage_bytes:  # the test of every tile: no call, no message
-                require(tile.bytes <= stage_bytes, "a tile fits a stage", tile)
-                require(False, f"CTA {self.cta}: the producer brings what is taken next, {tile}", found)
+            if found != stage or stage.bytes > stage_bytes:  # the test of every stage: no call, no message
+                require(stage.bytes <= stage_bytes, "tiles fit their stage", stage)
+                require(False, f"CTA {self.cta}: the producer brings what is taken next, {stage}", found)
 
 
 class _Told:

@@ -35,7 +35,8 @@ _OF_MATRIX = {
 }
 TIMES = (*_VECTORS, *_TILES)  # clocks
 DATA_WAITED = "data_waited"  # a duration in clocks: what the tiles' first warp waited for data in this layer
-EVENTS = (*TIMES, DATA_WAITED)
+ROOM_WAITED = "room_waited"  # a duration in clocks: what the producer waited for room in the ring, in its own layer
+EVENTS = (*TIMES, DATA_WAITED, ROOM_WAITED)
 CLOCKS = ("clock_at_start", "ns_at_start", "clock_at_end", "ns_at_end")
 
 
@@ -100,17 +101,15 @@ def phases(order: Order) -> tuple[Phase, ...]:
         Phase("vectors", "work", "load", "output_begin", "output_ready"),
         Phase("vectors", "wait", "hidden", "down_wait", "down_begin"),
         Phase("vectors", "work", "load", "down_begin", "down_ready"),
-        Phase(
-            "vectors", "work", "sums", "sums_wait", "published"
-        ),  # until its own CTA's tiles are summed, and publishing
+        # Until its own CTA's tiles are summed, and publishing.
+        Phase("vectors", "work", "sums", "sums_wait", "published"),
     ]
     if order == "sequential":  # the middle residual and its norm have no events of their own
         vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
-    by_role: dict[Role, list[Phase]] = {"vectors": vectors, "tiles": tiles}
     return tuple(
         phase
-        for role, of_role in by_role.items()
-        for phase in sorted(of_role, key=lambda phase: passed(role, order).index(phase.end))
+        for of_role in (vectors, tiles)
+        for phase in sorted(of_role, key=lambda phase: passed(phase.role, order).index(phase.end))
     )
 
 

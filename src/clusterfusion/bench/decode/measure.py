@@ -20,13 +20,14 @@ from clusterfusion.bench.samples import Candidate, Timing, one_line, round_robin
 from clusterfusion.bench.texts import random_tokens
 from clusterfusion.engine import Engine
 from clusterfusion.engine.memory import require_memory
-from clusterfusion.errors import DeviceError
+from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.jit.read_ceiling import VARIANTS
 
 READS_A_ROUND = 20  # of each of the read ceiling's variants
 WARM_STEPS = 4  # of a loop before it is timed: torch.compile compiles, records and replays
 
 Progress = Callable[[str], None]
+OnShare = Callable[[float], None]
 
 
 @dataclasses.dataclass
@@ -42,9 +43,17 @@ class _Entry:
 class _Run:
     """What stays the same over all contexts."""
 
-    def __init__(self, engine: Engine, options: DecodeOptions, progress: Progress) -> None:
+    def __init__(self, engine: Engine, options: DecodeOptions, progress: Progress, on_share: OnShare) -> None:
         self.engine, self.options, self.progress = engine, options, progress
         self.modes, self.left_out = choose_modes(options.modes, engine)
+        if options.modes_named and len(self.left_out) == len(options.modes):
+            reasons = "; ".join(dict.fromkeys(self.left_out.values()))
+            raise ArgumentError(
+                f"modes is {','.join(options.modes)!r}, and none of them can run here: {reasons}; name reference, or leave "
+                "it out"
+            )
+        self.on_share = on_share
+        self.contexts_done = self.steps_done = 0
         self.missing: list[str] = []
         self.ceiling = self._make_ceiling()
         self.timer = DeviceTimer(self.ceiling.lead) if self.ceiling else None
@@ -76,11 +85,22 @@ class _Run:
 
     def context(self, context: int) -> ContextTimes:
         """Everything at one context. Frees what it made, but for the weights, before it returns."""
+        self.steps_done = 0
         try:
-            return self._context(context)
+            times = self._context(context)
         finally:
             if self.engine.device.type == "cuda":
                 forget_compiled()
+        self.contexts_done += 1
+        self.on_share(self.contexts_done / len(self.options.contexts))
+        return times
+
+    def _step_done(self, context: int) -> None:
+        """A loop is prepared or visited; so many steps are a context."""
+        loops = len(self.modes) + len(self.peer_names) * (context in self.options.peer_contexts)
+        steps = loops + self.options.runs * (loops + len(VARIANTS) * (self.ceiling is not None))
+        self.steps_done = min(self.steps_done + 1, steps)
+        self.on_share((self.contexts_done + self.steps_done / steps) / len(self.options.contexts))
 
     def _context(self, context: int) -> ContextTimes:
         options = self.options
@@ -93,14 +113,19 @@ class _Run:
             entries[mode.name] = self._warm_up(
                 partial(EngineLoop, self.engine, mode, options.room, ids, options.new_tokens)
             )
+            self._step_done(context)
         self.progress(f"context {context}: measuring {', '.join(entries)}")
         candidates = self.ceiling.candidates(READS_A_ROUND * options.runs) if self.ceiling else []
         for name, entry in entries.items():
             runs = min(EAGER_RUNS, options.runs) if name == EAGER else options.runs
             candidates.append(Candidate(name, _nothing, entry.loop.decode, runs, may_fail=name in PEERS))
-        timings = round_robin(
-            candidates, lambda candidate, count: self._sample(candidate, count, entries), options.runs
-        )
+
+        def sample(candidate: Candidate, count: int) -> list[float]:
+            times = self._sample(candidate, count, entries)
+            self._step_done(context)
+            return times
+
+        timings = round_robin(candidates, sample, options.runs)
         made = [mode.name for mode in self.modes]
         expected = entries[made[0]].token_ids
         errors |= {name: timings[name].error for name in peers if name in entries and timings[name].error is not None}
@@ -128,6 +153,7 @@ class _Run:
             except Exception as error:
                 errors[name] = one_line(error)
                 self.progress(f"context {context}: {name} failed: {errors[name]}")
+            self._step_done(context)
         return entries, errors
 
     def _warm_up(self, make: Callable[[], Loop]) -> _Entry:
@@ -163,14 +189,16 @@ def measure_decode(
     progress: Progress,
     command: str = "",
     on_context: Callable[[DecodeReport], None] = lambda report: None,
+    on_share: OnShare = lambda share: None,
 ) -> DecodeReport:
     """Everything in one run on `engine`'s weights and device, whose own mode does not matter. `on_context` gets the report
-    so far after every context. Ctrl-C ends the run with what is done; before the first context is done it is raised.
+    so far after every context, `on_share` the share of the work that is done, between the timed runs. Ctrl-C ends the run
+    with what is done; before the first context is done it is raised.
 
-    Raises DeviceError without the memory, or when one of our modes fails. A peer that fails is in the report and ends
-    nothing; so are tokens of our modes that differ.
+    Raises ArgumentError where the caller named modes of which none can run; DeviceError without the memory, or when one of
+    our modes fails. A peer that fails is in the report and ends nothing; so are tokens of our modes that differ.
     """
-    run = _Run(engine, options, progress)
+    run = _Run(engine, options, progress, on_share)
     config, weights = engine.config, engine.weights
     report = DecodeReport(
         options=options,

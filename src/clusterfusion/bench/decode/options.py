@@ -7,13 +7,13 @@ import dataclasses
 import torch
 
 from clusterfusion.arguments import as_int
-from clusterfusion.bench.options import parse_contexts
+from clusterfusion.bench.options import parse_contexts, some_contexts
 from clusterfusion.engine import MODES, Engine, load
 from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.named_shapes import named_shape
 
 DEFAULT_MODES = "model,graph,fused,split"
-DEFAULT_CONTEXTS = (16, 512, 1024, 1900)
+DEFAULT_CONTEXTS = (16, 128, 512, 1024, 1920)  # shortened to what the model has room for
 DEFAULT_NEW_TOKENS = 128
 CPU_CONTEXTS, CPU_NEW_TOKENS = (16,), 8  # enough to see that it runs
 CPU_MOST_PARAMETERS = 200_000_000
@@ -30,6 +30,7 @@ class DecodeOptions:
     new_tokens: int
     runs: int
     modes: tuple[str, ...]
+    modes_named: bool  # by the caller, who then wants one of them and no other
     peer_contexts: tuple[int, ...]
 
     @property
@@ -45,7 +46,7 @@ def decode_options(
     contexts: str | None = None,
     new_tokens: int | None = None,
     runs: int = FEWEST_RUNS,
-    modes: str = DEFAULT_MODES,
+    modes: str | None = None,
     peers: bool = True,
     peer_contexts: str | None = None,
 ) -> DecodeOptions:
@@ -60,8 +61,7 @@ def decode_options(
     new_tokens = as_int("new_tokens", new_tokens, 2, limit - 1)
     most = limit - new_tokens
     if contexts is None:
-        fitting = tuple(context for context in (DEFAULT_CONTEXTS if on_gpu else CPU_CONTEXTS) if context <= most)
-        chosen = fitting or (most,)
+        chosen = tuple(dict.fromkeys(min(context, most) for context in (DEFAULT_CONTEXTS if on_gpu else CPU_CONTEXTS)))
     else:
         chosen = parse_contexts(contexts, _ANY_POSITION, least=1)
     if max(chosen) > most:
@@ -69,20 +69,13 @@ def decode_options(
             f"contexts is {max(chosen)}, which makes {max(chosen) + new_tokens} tokens with the {new_tokens} new ones; the "
             f"model has {limit} positions, so it must be from 1 to {most}"
         )
-    with_peers = chosen
-    if peer_contexts is not None:
-        with_peers = parse_contexts(peer_contexts, _ANY_POSITION, least=1, name="peer_contexts")
-        others = [context for context in with_peers if context not in chosen]
-        if others:
-            raise ArgumentError(
-                f"peer_contexts is {peer_contexts[:80]!r}, where {others[0]} is not a context that is measured; it must be "
-                f"some of {', '.join(map(str, chosen))}"
-            )
+    with_peers = some_contexts(peer_contexts, chosen)
     return DecodeOptions(
         contexts=chosen,
         new_tokens=new_tokens,
         runs=as_int("runs", runs, FEWEST_RUNS, MOST_RUNS),
-        modes=mode_names(modes),
+        modes=mode_names(DEFAULT_MODES if modes is None else modes),
+        modes_named=modes is not None,
         peer_contexts=with_peers if peers else (),
     )
 

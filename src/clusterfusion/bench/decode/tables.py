@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from clusterfusion.bench.decode.peers import EAGER
 from clusterfusion.bench.decode.report import SCOPE, ContextTimes, DecodeReport, LoopTimes, speedups
 from clusterfusion.bench.samples import summarise
 
@@ -101,6 +102,7 @@ def lines(report: DecodeReport) -> list[str]:
         compared = ", ".join(f"{ratio:.2f}x as fast as {name}" for name, ratio in speedups(times, best).items())
         if compared:
             said.append(f"context {times.context}: {best} is {compared}")
+        said += _first_token(times, best)
     said += [f"mode {name} left out: {reason}" for name, reason in report.left_out.items()]
     said += [f"missing: {what}" for what in report.missing]
     said += _failures(report)
@@ -108,6 +110,17 @@ def lines(report: DecodeReport) -> list[str]:
     if report.interrupted:
         said.append(f"interrupted after {len(report.contexts)} of {len(report.options.contexts)} contexts")
     return said
+
+
+def _first_token(times: ContextTimes, mode: str) -> list[str]:
+    """How `mode`'s time to the first token compares with what transformers' users wait for; nothing without that."""
+    eager = times.peers.get(EAGER)
+    if eager is None or not eager.first_token_ms:
+        return []
+    ours, theirs = (summarise(loop.first_token_ms).median_ms for loop in (times.modes[mode], eager))
+    return [
+        f"context {times.context}: first token after {ours:.1f} ms, {ours / theirs:.2f} of {EAGER}'s {theirs:.1f} ms"
+    ]
 
 
 def _failures(report: DecodeReport) -> list[str]:
@@ -120,12 +133,12 @@ def _failures(report: DecodeReport) -> list[str]:
     return [f"{name} failed at context {', '.join(at)}: {error}" for (name, error), at in contexts.items()]
 
 
-def markdown(report: DecodeReport) -> str:
-    """Heading, table and lines as Markdown."""
+def markdown(report: DecodeReport, more_lines: Sequence[str] = ()) -> str:
+    """Heading, table and lines as Markdown, `more_lines` after the lines."""
     align = ["---" if index == 1 else "---:" for index in range(len(_COLUMNS))]
     table_rows = [_COLUMNS, tuple(align), *rows(report)]
     table_lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table_rows]
-    items = [f"- {line}" for line in lines(report)]
+    items = [f"- {line}" for line in (*lines(report), *more_lines)]
     facts = [f"{line}  " for line in heading(report)[:-1]] + heading(report)[-1:]
     made = [*facts, "", *table_lines, "", *items, *([""] if items else []), NOTE, "", f"`{report.origin.command}`"]
     return "\n".join(made) + "\n"

@@ -44,6 +44,8 @@ class Attention : public CtaState<S> {
     pair_.block_sync();
     typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
     int slot = -1;
+    const bool waits = cached_tiles() > S::kCacheStages;  // for more than what has been asked for ahead
+    if (waits && thread_ == 0) mbarrier_arrive_local(&s_.cache_turns);
     tiles_.tiles(cached_tiles(), fetcher(layer), [&](int tile, const char* data) {
       mine.add_tile(data, this->tile_tokens(tile));
       slot = tile % S::kVectorWarps;
@@ -59,6 +61,7 @@ class Attention : public CtaState<S> {
       count++;
     }
     pair_.block_sync();
+    if (waits && thread_ == 0) mbarrier_arrive_local(&s_.cache_turns);
     SoftmaxScale scale{-kInfinity, 0.0f};
     // Each thread merges one dimension of a head; the scale is the same on all of that head.
     gather_.exchange(pair_, [&](int at) {

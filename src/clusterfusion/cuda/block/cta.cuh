@@ -67,6 +67,7 @@ struct CtaTypes {
     typename Share::WeightRing::Barriers ring;
     typename Share::CacheStages::Barriers cache_barriers;
     cuda::std::uint64_t signals[kSignals];
+    cuda::std::uint64_t cache_turns;  // in odd phases attention waits for cached tokens
     typename Block::Scratch block[2];
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
@@ -95,6 +96,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     CtaShare<S>::WeightRing::init(shared.ring);
     CtaShare<S>::CacheStages::init(shared.cache_barriers);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
+    mbarrier_init(&shared.cache_turns, 1);
     shared.warps_done = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);

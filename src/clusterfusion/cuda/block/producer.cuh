@@ -2,11 +2,12 @@
 // holds.
 #pragma once
 
-#include "block/share.cuh"
+#include "block/cta.cuh"
+#include "block/trace.cuh"
 
 namespace clusterfusion {
 
-template <typename S>
+template <typename S, typename Tracer = NoTrace>
 class WeightProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::DownTiles;
@@ -15,7 +16,8 @@ class WeightProducer : public CtaShare<S> {
   using typename Base::WeightRing;
 
  public:
-  __device__ WeightProducer(char* stages, typename WeightRing::Barriers& barriers) : Base(0), ring_(stages, barriers) {}
+  __device__ WeightProducer(typename CtaTypes<S>::Shared& shared, Tracer& trace)
+      : Base(0), s_(shared), ring_(shared.stages, shared.ring), trace_(trace) {}
 
   // One layer, or a segment of it.
   template <Segment kSegment>
@@ -29,9 +31,13 @@ class WeightProducer : public CtaShare<S> {
     if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
-  __device__ void vocabulary(const void* lm_head, int vocabulary_rows) { rows<HiddenTiles>(lm_head, vocabulary_rows); }
+  __device__ void vocabulary(const void* lm_head, int vocabulary_rows) {
+    rows<HiddenTiles>(lm_head, vocabulary_rows);
+    if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
+  }
 
  private:
   __device__ void qkv(const LayerTensors& w) {
@@ -66,18 +72,19 @@ class WeightProducer : public CtaShare<S> {
     return static_cast<const char*>(matrix) + static_cast<cuda::std::int64_t>(row) * Tiles::kRowBytes;
   }
 
-  // Rows that lie in several matrices: find(row) says where a row is and how many follow it there. A tile is of as many copies as
-  // it has pieces.
+  // Rows that lie in several matrices: find(row) says where a row is and how many follow it there. A stage is of as many copies
+  // as it has pieces.
   struct Piece {
     const char* from;
     int rows;
   };
   template <typename Tiles, typename Find>
   __device__ void pieces(int from, int to, Find find) {
-    static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
-    for (int first = from; first < to; first += Tiles::kRows) {
-      const int rows = min(Tiles::kRows, to - first);
-      char* stage = ring_.begin(rows * Tiles::kRowBytes);
+    static_assert(Tiles::kParts == 1, "hidden rows fit a tile");
+    constexpr int kRows = S::kStageTiles * Tiles::kRows;
+    for (int first = from; first < to; first += kRows) {
+      const int rows = min(kRows, to - first);
+      char* stage = ring_.begin(rows * Tiles::kRowBytes, window());
       for (int row = 0; row < rows;) {
         const Piece piece = find(first + row);
         const int taken = min(piece.rows, rows - row);
@@ -91,27 +98,34 @@ class WeightProducer : public CtaShare<S> {
   template <typename Tiles>
   __device__ void between(const void* matrix, int from, int to) {
     const char* source = at_row<Tiles>(matrix, from);
-    if constexpr (Tiles::kParts == 1) {
-      for (int row = from; row < to; row += Tiles::kRows) {
-        const unsigned bytes = min(Tiles::kRows, to - row) * Tiles::kRowBytes;
-        ring_.copy(ring_.begin(bytes), source, bytes);
-        ring_.end();
-        source += bytes;
-      }
+    if constexpr (Tiles::kParts == 1 || Tiles::kBytes * Tiles::kParts == Tiles::kRowBytes) {  // tiles are alike
+      constexpr int kStage = S::kStageTiles * Tiles::kBytes;
+      for (int left = (to - from) * Tiles::kRowBytes; left > 0; left -= kStage, source += kStage) copy(source, min(kStage, left));
     } else {
+      static_assert(S::kStageTiles == 1, "a row's last tile is a stage of its own");
       for (int row = from; row < to; row++) {
-        for (int part = 0; part < Tiles::kParts; part++) {
-          constexpr int kPartBytes = Tiles::kPartColumns * 2;
-          const unsigned bytes = min(kPartBytes, Tiles::kRowBytes - part * kPartBytes);
-          ring_.copy(ring_.begin(bytes), source, bytes);
-          ring_.end();
+        for (int left = Tiles::kRowBytes; left > 0; left -= Tiles::kBytes) {
+          const int bytes = min(Tiles::kBytes, left);
+          copy(source, bytes);
           source += bytes;
         }
       }
     }
   }
 
-  RingProducer<WeightRing> ring_;
+  __device__ __forceinline__ void copy(const char* source, unsigned bytes) {
+    ring_.copy(ring_.begin(bytes, window()), source, bytes);
+    ring_.end();
+  }
+  // Attention is in a hurry where it waits for cached tokens; weights that come later come in time, since much is left of the
+  // layer's when it has done.
+  __device__ __forceinline__ int window() {
+    return mbarrier_met(&s_.cache_turns, 0) ? WeightRing::kWindowInOthersHurry : WeightRing::kWindow;
+  }
+
+  typename CtaTypes<S>::Shared& s_;
+  RingProducer<WeightRing, Tracer::kOn> ring_;
+  Tracer& trace_;
 };
 
 }  // namespace clusterfusion

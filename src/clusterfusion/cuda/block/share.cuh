@@ -81,8 +81,8 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 // matrix; otherwise in three. With kGated, row i of the up projection is a pair: row 2 i of what is streamed is its gate's.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kKvHeads_, int kHeadDim_, int kRotary_,
           Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_,
-          int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kStageBytes_,
-          int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
+          int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kTileBytes_,
+          int kStageTiles_, int kWindow_, int kTileTokens_, int kCacheStages_, int kCacheStageBytes_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
@@ -90,7 +90,8 @@ struct BlockShape {
   static constexpr int kHeadDim = kHeadDim_, kRotary = kRotary_, kCtas = kCtas_, kCluster = kCluster_;
   static constexpr int kQueries = kQueries_, kSplits = kSplits_;
   static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
-  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWindow = kWindow_;
+  static constexpr int kStages = kStages_, kTileBytes = kTileBytes_, kStageTiles = kStageTiles_, kWindow = kWindow_;
+  static constexpr int kStageBytes = kTileBytes * kStageTiles;
   static constexpr int kTileTokens = kTileTokens_, kCacheStages = kCacheStages_, kCacheStageBytes = kCacheStageBytes_;
   static constexpr int kSharedBytes = kSharedBytes_;
   static constexpr Pairing kPairing = kPairing_;
@@ -188,11 +189,11 @@ template <typename S>
 class CtaShare {
  public:
   using W = typename S::W;
-  using HiddenTiles = RowTiles<S::kHidden, S::kStageBytes>;  // of the projections and the LM head
-  using OutTiles = RowTiles<S::kQSize, S::kStageBytes>;
-  using DownTiles = RowTiles<S::kIntermediate, S::kStageBytes>;
+  using HiddenTiles = RowTiles<S::kHidden, S::kTileBytes>;  // of the projections and the LM head
+  using OutTiles = RowTiles<S::kQSize, S::kTileBytes>;
+  using DownTiles = RowTiles<S::kIntermediate, S::kTileBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kCacheStageBytes>;
-  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kWarps, S::kWindow>;
+  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
   using CacheStages = OwnStages<S::kCacheStages, S::kCacheStageBytes, S::kVectorWarps>;
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }

@@ -3,13 +3,14 @@
 
 namespace clusterfusion {
 
-// The order of plan/trace.py: vector warps' events, tile warps' events, and a duration.
+// The order of plan/trace.py: vector warps' events, tile warps' events, and durations: a tile warp's waits for data, and the
+// producer's for room in the ring.
 enum class TraceEvent {
   begin, residual_read, normed, attention_wait, attention_begin, attention_done, output_wait, output_begin, output_ready,
   down_wait, down_begin, down_ready, sums_wait, published,
   project_wait, project_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
   logits_done,
-  data_waited, count
+  data_waited, room_waited, count
 };
 constexpr int kTraceEvents = static_cast<int>(TraceEvent::count);
 

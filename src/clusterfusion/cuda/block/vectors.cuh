@@ -68,7 +68,10 @@ class VectorWarps : public Attention<S> {
                    : n == 2 ? w.now().norm2_weight
                             : w.now().norm2_bias;
           },
-          [&](float (&values)[kItems]) { residual.read_input(*this, values); },
+          [&](float (&values)[kItems]) {
+            residual.read_input(*this, values);
+            trace_.mark(TraceEvent::residual_read);
+          },
           [&] { store_biases(biases); });
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
@@ -138,7 +141,12 @@ class VectorWarps : public Attention<S> {
   __device__ void final_norm(const void* weight, const void* bias, Residual& residual) {
     trace_.mark(TraceEvent::begin);
     normalise<false>(
-        [&](int n) { return n == 0 ? weight : bias; }, [&](float (&values)[kItems]) { residual.read_input(*this, values); }, [] {});
+        [&](int n) { return n == 0 ? weight : bias; },
+        [&](float (&values)[kItems]) {
+          residual.read_input(*this, values);
+          trace_.mark(TraceEvent::residual_read);
+        },
+        [] {});
     this->signal(kNormed);
     trace_.mark(TraceEvent::normed);
   }
@@ -197,7 +205,6 @@ class VectorWarps : public Attention<S> {
       valid = at - values + 4;
     });
     read(values);
-    trace_.mark(TraceEvent::residual_read);
     NormTransform t;
     if constexpr (kCentred) {
       t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);

@@ -40,6 +40,7 @@ struct RowTiles {
   static constexpr int kRows = kRowBytes <= kTileBytes ? kTileBytes / kRowBytes : 1;                // rows a tile
   static constexpr int kParts = (kRowBytes + kTileBytes - 1) / kTileBytes;                          // tiles a row
   static constexpr int kPartColumns = (kColumns / kVector + kParts - 1) / kParts * kVector;         // of all but the last
+  static constexpr int kBytes = kParts > 1 ? kPartColumns * 2 : kRows * kRowBytes;                  // of a whole tile
   static __host__ __device__ constexpr int tiles(int rows) { return kParts > 1 ? rows * kParts : (rows + kRows - 1) / kRows; }
 };
 
@@ -68,7 +69,7 @@ __device__ __forceinline__ void gemv(Consumer& consumer, int rows, const X& x, i
   constexpr int kRowVectors = (Tiles::kParts > 1 ? Tiles::kPartColumns : Tiles::kColumns) / kVector;
   constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize;
   constexpr int kTogether = Tiles::kRows < 4 ? Tiles::kRows : 4;  // rows that share each read of x
-  consumer.tiles(Tiles::tiles(rows), [&](int tile, const char* data) {
+  consumer.template tiles<Tiles::kBytes>(Tiles::tiles(rows), [&](int tile, const char* data) {
     const uint4* weights = reinterpret_cast<const uint4*>(data);
     if constexpr (Tiles::kParts > 1) {
       const int row = tile / Tiles::kParts, part = tile % Tiles::kParts;

@@ -1,7 +1,10 @@
 // The ring: a producer lane copies a CTA's tiles into shared memory, in the order of its schedule and far ahead of use;
-// consumer warps take them, tile t going to warp t % kWarps.
+// consumer warps take them, tile t of a phase going to the warp that comes t after the phase's first one.
 //
-// A stage is always used by the same warp (kStages is a multiple of kWarps), so a warp that waits for its next use of a
+// A stage is one copy and holds kTiles tiles, for as many warps, a team: few large copies keep memory busier than many small
+// ones (5 KB: 4.46 TB/s on an H200, 10 KB: 4.66), and small tiles spread a phase more evenly over the warps. A phase starts
+// with a stage of its own.
+// A stage is always used by the same team (kStages is a multiple of the teams), so a warp that waits for its next use of a
 // stage has itself released the use before: its parity wait cannot see an older phase.
 // The window bounds the bytes in flight: messages between CTAs queue behind the stream, and a full ring of requests makes
 // every grid-wide dependency slower than the ring is deep.
@@ -12,10 +15,14 @@
 
 namespace clusterfusion {
 
-template <int kStages_, int kStageBytes_, int kWarps_, int kWindow_>
+template <int kStages_, int kStageBytes_, int kTiles_, int kWarps_, int kWindow_>
 struct Ring {
-  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWarps = kWarps_, kWindow = kWindow_;
-  static_assert(kStages % kWarps == 0, "a stage belongs to one warp");
+  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kTiles = kTiles_, kWindow = kWindow_;
+  static constexpr int kTeams = kWarps_ / kTiles;
+  // Memory's bandwidth is shared out by what is in flight.
+  static constexpr int kWindowInOthersHurry = kWindow < 4 ? 1 : kWindow / 4;
+  static_assert(kWarps_ % kTiles == 0, "teams have a warp for each tile of a stage");
+  static_assert(kStages % kTeams == 0, "a stage belongs to one team");
   static_assert(kWindow > 0 && kWindow <= kStages, "the window is part of the ring");
   static_assert(kStageBytes % 128 == 0, "stages keep the alignment of the ring");
 
@@ -26,26 +33,29 @@ struct Ring {
   static __device__ __forceinline__ void init(Barriers& barriers) {  // one thread; mbarrier_init_fence follows
     for (int stage = 0; stage < kStages; stage++) {
       mbarrier_init(&barriers.full[stage], 1);
-      mbarrier_init(&barriers.empty[stage], 1);
+      mbarrier_init(&barriers.empty[stage], kTiles);
     }
   }
 };
 
-// One lane's side: begin a tile, issue its copies, go on.
-template <typename Ring>
+// One lane's side: begin a stage, issue its copies, go on. Its loop is what paces the stream, a stage a turn: all lanes of a warp at
+// once, each with a stage, filled the ring faster and made the step 2% slower (lab/decode_step.md).
+// kTimed: counts the clocks of its waits for a free stage.
+template <typename Ring, bool kTimed = false>
 class RingProducer {
  public:
   __device__ RingProducer(char* stages, typename Ring::Barriers& barriers) : stages_(stages), barriers_(barriers) {}
 
-  // Waits for a free stage and for room in the window; announces `bytes`. Returns where the tile goes.
-  __device__ __forceinline__ char* begin(unsigned bytes) {
+  // Waits for a free stage, and until fewer than `window` stages are in flight; announces `bytes`. Returns where the tiles go.
+  __device__ __forceinline__ char* begin(unsigned bytes, int window = Ring::kWindow) {
+    const long long start = kTimed ? clock64() : 0;
     mbarrier_wait_local(&barriers_.empty[stage_], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
-    if (issued_ >= Ring::kWindow) {
+    if constexpr (kTimed) waited_for_room_ += clock64() - start;
+    for (; in_flight_ >= window; in_flight_--) {
       mbarrier_wait_local(&barriers_.full[landing_], landing_parity_);
       if (++landing_ == Ring::kStages) landing_ = 0, landing_parity_ ^= 1;
-    } else {
-      issued_++;
     }
+    in_flight_++;
     mbarrier_arrive_expect(&barriers_.full[stage_], bytes);
     return stages_ + stage_ * Ring::kStageBytes;
   }
@@ -56,33 +66,44 @@ class RingProducer {
     if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
   }
 
+  // Clocks of waits for a free stage since the last call, with kTimed.
+  __device__ long long take_waited_for_room() {
+    const long long waited = waited_for_room_;
+    waited_for_room_ = 0;
+    return waited;
+  }
+
  private:
   char* stages_;
   typename Ring::Barriers& barriers_;
-  int stage_ = 0, landing_ = 0, issued_ = 0;
+  int stage_ = 0, landing_ = 0, in_flight_ = 0;  // at most: what has landed counts until somebody looks
   unsigned parity_ = 0, landing_parity_ = 0;
+  long long waited_for_room_ = 0;
 };
 
-// A warp's side. Every warp walks the same phases; in each it visits its own tiles. kTimed: counts the clocks of its waits.
+// A warp's side. Every warp walks the same phases; in each it visits its own tiles, and its team's stages. kTimed: counts the clocks of its waits.
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp, int lane)
-      : stages_(stages), barriers_(barriers), lane_(lane), stage_(warp), next_(warp) {}
+      : stages_(stages), barriers_(barriers), lane_(lane), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
+        next_(warp / Ring::kTiles) {}
 
-  // Calls visit(tile, data) for this warp's tiles among the next `count` of the schedule; tile counts from 0 here.
-  template <typename Visit>
+  // Calls visit(tile, data) for this warp's tiles among the `count` of the next phase; tiles of kTileBytes.
+  template <int kTileBytes, typename Visit>
   __device__ __forceinline__ void tiles(int count, Visit visit) {
-    const int first = first_;
-    first_ += count;
-    for (; next_ < first + count; next_ += Ring::kWarps) {
+    static_assert(kTileBytes * Ring::kTiles <= Ring::kStageBytes, "tiles fit their stage");
+    const int first = first_, stages = (count + Ring::kTiles - 1) / Ring::kTiles;
+    first_ += stages;
+    for (; next_ < first + stages; next_ += Ring::kTeams) {
       const long long start = kTimed ? clock64() : 0;
       mbarrier_wait_local(&barriers_.full[stage_], parity_);
       if constexpr (kTimed) waited_ += clock64() - start;
-      visit(next_ - first, stages_ + stage_ * Ring::kStageBytes);
+      const int tile = (next_ - first) * Ring::kTiles + tile_;
+      if (Ring::kTiles == 1 || tile < count) visit(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
       __syncwarp();
       if (lane_ == 0) mbarrier_arrive_local(&barriers_.empty[stage_]);
-      stage_ += Ring::kWarps;
+      stage_ += Ring::kTeams;
       if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
   }
@@ -97,7 +118,7 @@ class RingConsumer {
  private:
   const char* stages_;
   typename Ring::Barriers& barriers_;
-  int lane_, stage_, next_, first_ = 0;
+  int lane_, tile_, stage_, next_, first_ = 0;
   unsigned parity_ = 0;
   long long waited_ = 0;
 };

@@ -93,10 +93,15 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
     cluster_wait();
   }
   if (threadIdx.x >= S::kConsumers) {
-    if (threadIdx.x == S::kConsumers) {  // weights never change
-      WeightProducer<S> producer(shared.stages, shared.ring);
+    if (threadIdx.x == S::kConsumers) {  // weights never change: it waits for no launch
+      Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
+      WeightProducer<S, Tracer> producer(shared, trace);
 #pragma unroll 1
-      for (int layer = 0; layer < kLayers; layer++) producer.template run<Segment::whole>(a.layers[layer]);
+      for (int layer = 0; layer < kLayers; layer++) {
+        trace.layer(layer);
+        producer.template run<Segment::whole>(a.layers[layer]);
+      }
+      trace.layer(kLayers);
       producer.vocabulary(a.lm_head, a.vocabulary);
     }
     return;

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   if (threadIdx.x >= S::kConsumers) {
     // Reads weights only: it need not wait for the launch before this one.
     if (in_cache && threadIdx.x == S::kConsumers) {
-      WeightProducer<S>(shared.stages, shared.ring).template run<kSegment>(arguments.layer);
+      NoTrace trace;
+      WeightProducer<S>(shared, trace).template run<kSegment>(arguments.layer);
     }
     return;
   }

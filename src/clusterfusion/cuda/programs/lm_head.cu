@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant_
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {
-      WeightProducer<S>(shared.stages, shared.ring).vocabulary(arguments.lm_head, arguments.vocabulary);
+      NoTrace trace;
+      WeightProducer<S>(shared, trace).vocabulary(arguments.lm_head, arguments.vocabulary);
     }
     return;
   }

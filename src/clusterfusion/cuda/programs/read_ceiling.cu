@@ -54,7 +54,7 @@ struct WaitCta {
 // tile a stage. Dynamic shared memory: the ring's stages. The window is the whole ring: nobody waits for a message here.
 template <int kStages, int kWarps>
 __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(const __grid_constant__ ReadArguments a) {
-  using RingType = Ring<kStages, kStageBytesRead, kWarps, kStages>;
+  using RingType = Ring<kStages, kStageBytesRead, 1, kWarps, kStages>;
   using cuda::std::int64_t;
   extern __shared__ __align__(128) char stages[];
   __shared__ typename RingType::Barriers barriers;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   RingConsumer<RingType> ring(stages, barriers, warp, lane);
   unsigned word = 0;
-  ring.tiles(static_cast<int>(last - first), [&](int tile, const char* data) {
+  ring.template tiles<kStageBytesRead>(static_cast<int>(last - first), [&](int tile, const char* data) {
     const uint4* vectors = reinterpret_cast<const uint4*>(data);
     const int count = bytes_of(first + tile) / sizeof(uint4);
     if (count == kStageBytesRead / sizeof(uint4)) {

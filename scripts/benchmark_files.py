@@ -1,0 +1,81 @@
+"""The result files under benchmarks/results/h200 as `benchmark_docs.py` reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clusterfusion.bench.results import TIMED, Times, times_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("benchmarks/results/h200")
+KINDS = (*TIMED, "roofline", "verify", "quality", "perplexity")
+RANDOM = " (random weights)"
+# What is to be on record (in this order), whatever else may be.
+MODELS = (
+    "pythia-160m",
+    "pythia-410m",
+    "pythia-1.4b",
+    "pythia-2.8b",
+    "pythia-6.9b",
+    "pythia-12b",
+    "llama-3.2-1b",
+    "llama-3.1-8b",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultFile:
+    """One file. `model` is a shape's or checkpoint's name without its owner, "" for a roofline; `origin` holds device,
+    versions, source_digest, command and date."""
+
+    path: Path  # from the repository's root
+    kind: str
+    model: str
+    random_weights: bool
+    origin: dict[str, Any]
+    data: dict[str, Any]
+
+    @property
+    def times(self) -> Times:
+        return times_of(self.data)
+
+    @property
+    def rank(self) -> tuple[int, str, str]:
+        """Where it stands among files of its kind."""
+        return (MODELS.index(self.model) if self.model in MODELS else len(MODELS), self.model, self.path.name)
+
+
+def read_results(root: Path = ROOT) -> tuple[list[ResultFile], list[Path]]:
+    """Every result under `root`, and the JSON files there that are none that this page knows."""
+    found, others = [], []
+    for path in sorted((root / RESULTS).glob("*.json")):
+        name = path.relative_to(root)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        kind = (data.get("benchmark") or data.get("evaluation")) if isinstance(data, dict) else None
+        if kind in KINDS:
+            found.append(_result(name, kind, data))
+        else:
+            others.append(name)
+    return sorted(found, key=lambda file: (KINDS.index(file.kind), file.rank)), others
+
+
+def _result(path: Path, kind: str, data: dict[str, Any]) -> ResultFile:
+    origin = data.get("facts", data)
+    model = data.get("model", {})
+    name = str(origin["model"] if "facts" in data else model.get("shape") or model.get("name", ""))
+    return ResultFile(
+        path=path,
+        kind=kind,
+        model=name.removesuffix(RANDOM).rpartition("/")[2],
+        random_weights="shape" in model or name.endswith(RANDOM),
+        origin={field: origin[field] for field in ("device", "versions", "source_digest", "command", "date")},
+        data=data,
+    )
+
+
+def of_kind(results: Sequence[ResultFile], *kinds: str) -> list[ResultFile]:
+    return [file for file in results if file.kind in kinds]

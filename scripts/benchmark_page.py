@@ -1,0 +1,362 @@
+"""docs/benchmarks.md and the README's plot in words: every number from a result file, and what no file holds said so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_files import MODELS, RESULTS, ResultFile, of_kind
+from benchmark_text import HEAD, LIMITS, METHOD
+from seed_commands import SEED_COMMANDS
+
+from clusterfusion.bench.plots import plots_of
+from clusterfusion.bench.results import TIMED, Point, Times
+
+PAGE = Path("docs/benchmarks.md")
+FIGURES = RESULTS / "figures"
+OVERVIEW = FIGURES / "overview.svg"
+NOT_MEASURED = "not measured yet"
+EVALUATED = ("verify", "quality", "perplexity")
+ABLATION = ("split", "fused", "graph", "model")
+OVERVIEW_CONTEXT = 1024
+OVERVIEW_MODELS = ("pythia-2.8b", "pythia-6.9b", "llama-3.1-8b")
+COMPILED = "transformers compile"
+EAGER = "transformers eager"
+
+
+def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
+    """The whole page."""
+    parts = [
+        HEAD,
+        "## What is on record\n",
+        _matrix(results),
+        METHOD,
+        "## Decoding, from the prompt to the last token\n",
+        *_section(
+            of_kind(results, "full", "decode"),
+            f"{NOT_MEASURED.capitalize()}: there is no result of `bench full` or `bench decode` here.\n",
+            _decoding,
+        ),
+        "## The decoder layers alone\n",
+        *_section(
+            of_kind(results, "layer"),
+            f"{NOT_MEASURED.capitalize()}: there is no result of `bench layer` here.\n",
+            _layers,
+        ),
+        "## What this GPU reads\n",
+        *_section(of_kind(results, "roofline"), _ceilings_instead(results), _roofline),
+        "## Is the output right?\n",
+        _output(results),
+        LIMITS,
+        "## The seed's commands\n",
+        _seed(results),
+    ]
+    if others:
+        names = ", ".join(f"[{path.name}]({_link(path)})" for path in others)
+        parts.append(f"## Other files\n\nNot drawn from here: {names}.\n")
+    return "\n".join(parts)
+
+
+def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
+    """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
+    three models, at the context nearest to 1024 that all have. None without results."""
+    for kind in TIMED:
+        first: dict[str, ResultFile] = {}
+        for file in of_kind(results, kind):
+            if any(point.floor_ms for point in file.times.points):
+                first.setdefault(file.model, file)
+        wanted = [model for model in OVERVIEW_MODELS if model in first]
+        chosen = [first[model] for model in (wanted or list(first)[:3])]
+        contexts = [{point.context for point in file.times.points if point.floor_ms} for file in chosen]
+        common = set.intersection(*contexts) if contexts else set()
+        if common:
+            return chosen, min(common, key=lambda context: (abs(context - OVERVIEW_CONTEXT), context))
+    return None
+
+
+def readme_block(results: Sequence[ResultFile]) -> str:
+    """The plot and what it stands on."""
+    choice = overview_choice(results)
+    if choice is None:
+        return f"Speed is {NOT_MEASURED}: there is no result in [{RESULTS}]({RESULTS}).\n"
+    files, context = choice
+    layers = files[0].kind == "layer"
+    what = "One step of the decoder layers alone" if layers else "Time per output token of whole generate loops"
+    missing = " Whole decoding is not on record yet." if layers else ""
+    said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
+    said.append(
+        f"{what} after {context} tokens, batch 1. A full bar would be as fast as the GPU reads the step's weights, keys and "
+        f"values, which nothing that reads them can beat.{missing} The times belong to the sources of these digests, which may be "
+        "older than this commit:"
+    )
+    said.append("")
+    for file in files:
+        said.append(
+            f"- [{file.path.name}]({file.path}): {_device(file)}, sources `{file.origin['source_digest'][:16]}…`, "
+            f"`{file.origin['command']}`"
+        )
+    said += ["", f"Method, all results and what they do not show: [{PAGE}]({PAGE})."]
+    return "\n".join(said) + "\n"
+
+
+def figure_name(file: ResultFile, plot: str) -> Path:
+    return FIGURES / f"{file.path.stem}_{plot}.svg"
+
+
+def _section(files: Sequence[ResultFile], without: str, one: Any) -> Iterable[str]:
+    return [one(file) for file in files] if files else [without]
+
+
+def _matrix(results: Sequence[ResultFile]) -> str:
+    kinds = (*TIMED, *EVALUATED)
+    models = list(dict.fromkeys([*MODELS, *sorted(file.model for file in results if file.model)]))
+    rows = []
+    for model in models:
+        cells = [
+            ", ".join(
+                f"[{file.path.name}]({_link(file.path)})" for file in of_kind(results, kind) if file.model == model
+            )
+            for kind in kinds
+        ]
+        rows.append([model, *(cell or NOT_MEASURED for cell in cells)])
+    return _table(["model", *(f"bench {kind}" for kind in TIMED), *EVALUATED], rows, text_columns=7)
+
+
+def _origin(file: ResultFile) -> str:
+    origin, versions = file.origin, file.origin["versions"]
+    said = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if versions.get(name))
+    return (
+        f"[{file.path.name}]({_link(file.path)}), {origin['date'][:10]}, {_device(file)}; {said}  \n"
+        f"sources `{origin['source_digest']}`  \n`{origin['command']}`\n"
+    )
+
+
+def _device(file: ResultFile) -> str:
+    device = file.origin["device"]
+    driver = device.get("driver")
+    return f"{device['name']}" + (f" (driver {driver})" if driver else "")
+
+
+def _decoding(file: ResultFile) -> str:
+    data = file.data
+    weights = "random weights" if file.random_weights else "a checkpoint"
+    parts = [
+        f"### {file.model}, {data['model']['dtype']}, {weights}: `bench {file.kind}`\n",
+        _origin(file),
+        _ceiling(file),
+        *_images(file),
+        f"Milliseconds per output token, median of {data['runs']} runs of {data['new_tokens']} tokens (x floor):\n",
+        _times_table(file.times),
+        _ablation(file.times),
+        "Milliseconds to the first token (share of transformers eager's):\n",
+        _first_tokens(file),
+        _memory(file),
+    ]
+    if data.get("perplexity"):
+        parts += ["Perplexity:\n", _losses(data["perplexity"])]
+    elif file.kind == "full":
+        parts.append(f"No perplexity: {data['no_perplexity']}.\n")
+    missing = [f"mode {name}: {why}" for name, why in data["left_out"].items()] + list(data["missing"])
+    missing += [
+        f"{name} at context {point['context']}: {loop['error']}"
+        for point in data["contexts"]
+        for name, loop in point["peers"].items()
+        if loop.get("error")
+    ]
+    if data["interrupted"]:
+        missing.append("the run was interrupted")
+    if missing:
+        parts.append("Not in it: " + "; ".join(missing) + ".\n")
+    differences = [said for point in data["contexts"] for said in point["differences"]]
+    if differences:
+        parts.append("**Tokens differ that must not:** " + "; ".join(differences) + ".\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _layers(file: ResultFile) -> str:
+    model = file.data["model"]
+    parts = [
+        f"### {file.model}, {model['dtype']}, {model['layers']} layers, random weights: `bench layer`\n",
+        _origin(file),
+        _ceiling(file),
+        *_images(file),
+        "Milliseconds a step of all layers (x floor):\n",
+        _times_table(file.times),
+        _ablation(file.times),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _ceiling(file: ResultFile) -> str:
+    read = file.data["read_ceiling"]
+    if read is None:
+        return "No read ceiling, and so no floor.\n"
+    return f"Read ceiling in the same run: {read['bytes_per_s'] / 1e12:.3f} TB/s.\n"
+
+
+def _images(file: ResultFile) -> list[str]:
+    names = {"tpot": "time by context", "speedup": "speed-up over peers", "read_share": "share of the read ceiling"}
+    return [f"![{file.model}: {names[plot]}]({_link(figure_name(file, plot))})\n" for plot in plots_of(file.times)]
+
+
+def _times_table(times: Times) -> str:
+    rows = [["floor", *("" if point.floor_ms is None else f"{point.floor_ms:.3f}" for point in times.points)]]
+    for name in times.names:
+        rows.append([name, *(_ms(point, name) for point in times.points)])
+    return _table(["context", *(str(point.context) for point in times.points)], rows)
+
+
+def _ms(point: Point, name: str) -> str:
+    ms = point.times.get(name)
+    if ms is None:
+        return "–"
+    return f"{ms:.3f}" + (f" ({ms / point.floor_ms:.2f})" if point.floor_ms else "")
+
+
+def _ablation(times: Times) -> str:
+    """What each step of fusing gains over the one before, and the last one over torch.compile."""
+    forms = [name for name in ABLATION if name in times.names]
+    pairs = [*itertools.pairwise(forms)]
+    rows = []
+    for before, after in pairs:
+        gains = [_over(point.ours.get(before), point.ours.get(after)) for point in times.points]
+        rows.append([f"{before} → {after}", *gains])
+    if len(pairs) > 1:
+        gains = [_over(point.ours.get(forms[0]), point.ours.get(forms[-1])) for point in times.points]
+        rows.append([f"{forms[0]} → {forms[-1]}", *gains])
+    if forms and COMPILED in times.names:
+        gains = [_over(point.peers.get(COMPILED), point.ours.get(forms[-1])) for point in times.points]
+        rows.append([f"{COMPILED} → {forms[-1]}", *gains])
+    if not rows:
+        return ""
+    head = ["context", *(str(point.context) for point in times.points)]
+    return "Times as fast, step by step:\n\n" + _table(head, rows)
+
+
+def _over(before: float | None, after: float | None) -> str:
+    return "–" if before is None or after is None else f"{before / after:.3f}x"
+
+
+def _first_tokens(file: ResultFile) -> str:
+    points = [{**point["peers"], **point["modes"]} for point in file.data["contexts"]]
+
+    def cell(loops: dict[str, Any], name: str) -> str:
+        ms, eager = (loops.get(key, {}).get("first_token_ms") for key in (name, EAGER))
+        if ms is None:
+            return "–"
+        return f"{ms:.1f}" + (f" ({ms / eager:.2f})" if eager and name != EAGER else "")
+
+    rows = [[name, *(cell(loops, name) for loops in points)] for name in file.times.names]
+    return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
+
+
+def _memory(file: ResultFile) -> str:
+    most: dict[str, int] = {}
+    for point in file.data["contexts"]:
+        for name, loop in {**point["peers"], **point["modes"]}.items():
+            if loop.get("peak_bytes"):
+                most[name] = max(most.get(name, 0), loop["peak_bytes"])
+    if not most:
+        return ""
+    said = ", ".join(f"{name} {most[name] / 1e9:.2f} GB" for name in file.times.names if name in most)
+    return f"Peak memory over all contexts, weights included: {said}.\n"
+
+
+def _losses(scored: dict[str, Any]) -> str:
+    """Of a file of `perplexity`, or of that part of `bench full`'s."""
+    names = {"decode": "ours, token by token", "prefill": "ours, prefill", "transformers": "transformers"}
+    rows = [
+        [names[path], f"{loss['nats_per_token']:.6f}", f"{loss['perplexity']:.5f}", f"{loss['bits_per_byte']:.5f}"]
+        for path, loss in scored["losses"].items()
+    ]
+    made = _table(["path", "nats/token", "perplexity", "bits/byte"], rows)
+    return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.\n"
+
+
+def _roofline(file: ResultFile) -> str:
+    rows = [
+        [f"{read['bytes'] / 1e9:.2f}", name, f"{variant['median_ms']:.4f}", f"{variant['bytes_per_s'] / 1e12:.3f}"]
+        for read in file.data["reads"]
+        for name, variant in read["variants"].items()
+    ]
+    return _origin(file) + "\n" + _table(["GB", "read by", "ms", "TB/s"], rows)
+
+
+def _ceilings_instead(results: Sequence[ResultFile]) -> str:
+    beside = " Every result above has the ceiling of its own run." if of_kind(results, *TIMED) else ""
+    return f"`bench roofline` by itself is {NOT_MEASURED}.{beside}\n"
+
+
+def _output(results: Sequence[ResultFile]) -> str:
+    files = of_kind(results, *EVALUATED)
+    if not files:
+        return f"`verify`, `quality` and `perplexity`: {NOT_MEASURED}.\n"
+    kinds = {"verify": _verified, "quality": _quality, "perplexity": lambda file: _losses(file.data)}
+    return "\n".join(
+        f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n\n{_origin(file)}\n{kinds[file.kind](file)}"
+        for file in files
+    )
+
+
+def _verified(file: ResultFile) -> str:
+    said, data = file.data["summary"], file.data
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in said["divergences"].items())
+    modes = ", ".join(mode["name"] for mode in data["modes"])
+    return (
+        f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts give "
+        f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['bit_differences']} differences in bits over "
+        f"{data['runs']} runs in each of {modes}.\n"
+    )
+
+
+def _quality(file: ResultFile) -> str:
+    def cell(estimate: dict[str, float] | None) -> str:
+        return "–" if estimate is None else f"{estimate['mean']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+    rows = [
+        [name, *(cell(measure[side]) for side in ("ours", "transformers", "difference"))]
+        for name, measure in file.data["measures"].items()
+    ]
+    made = _table(["against float64", "ours", "transformers", "difference"], rows)
+    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.\n"
+
+
+def _seed(results: Sequence[ResultFile]) -> str:
+    rows = []
+    for row in SEED_COMMANDS:
+        on_record = [
+            f"[{file.path.name}]({_link(file.path)})" + " (random weights)" * file.random_weights
+            for file in of_kind(results, row.kind)
+            if file.model == row.model
+        ]
+        recorded = ", ".join(on_record) or "not recorded yet"
+        rows.append([f"`{row.script}`", f"`{row.command}`", row.fails, recorded, f"`{row.on_cpu}`"])
+    heads = [
+        "the seed's tests/",
+        "here",
+        "exit status is not 0 if",
+        "on record",
+        "small, on a CPU, as the tests run it",
+    ]
+    text = (
+        "The project that this one grew from ships eight scripts. Each has a command in its place; "
+        "[tests/test_seed_commands.py](../tests/test_seed_commands.py) runs the last column. What `test_pythia.py` and "
+        "`test_pythia_6b9.py` call by name, the functions `pythia_2b8_*` and `pythia_6b9_*`, is tested against float64 in "
+        "[tests/test_seed_api.py](../tests/test_seed_api.py) and on a GPU in "
+        "[tests/gpu/test_seed_api.py](../tests/gpu/test_seed_api.py).\n"
+    )
+    return text + "\n" + _table(heads, rows, text_columns=5)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Markdown; columns after the first `text_columns` are numbers."""
+    align = ["---" if index < text_columns else "---:" for index in range(len(heads))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, align, *rows)) + "\n"
+
+
+def _link(path: Path) -> str:
+    """From the page to a path from the repository's root."""
+    return Path(os.path.relpath(path, PAGE.parent)).as_posix()

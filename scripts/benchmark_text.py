@@ -1,0 +1,55 @@
+"""What docs/benchmarks.md says in its author's words: none of it is a measured number."""
+
+from __future__ import annotations
+
+HEAD = """\
+# Benchmarks
+
+<!-- Drawn by scripts/benchmark_docs.py; change that, or the result files, and run it again. -->
+
+Drawn by [scripts/benchmark_docs.py](../scripts/benchmark_docs.py) from the files in
+[benchmarks/results/h200](../benchmarks/results/h200). Every number below comes from the file named above it, which holds
+medians and percentiles or every run, the device, the driver, versions, the command, and a digest of the package's sources. A
+number belongs to those sources and to no others: `python3 scripts/source_commit.py DIGEST` names the commit that has them.
+"""
+
+METHOD = """\
+## Method
+
+**Ours and peers in one run.** All loops of one context are made and warmed up, then visited in turn, round by round, so that
+drift of the clocks hits all alike. The read ceiling is measured in the same rounds.
+
+**The floor.** A decode step at batch 1 has to read every weight once, and the keys and values of every cached token. Those
+bytes over the read ceiling are the time that no step which reads them from memory can beat. The ceiling is what a kernel that
+does nothing else reads from the same GPU, the faster of two ways (bulk copies through shared memory, plain loads); an XOR of all
+words proves that they are read. "x floor" is a time over the floor, "share of the read ceiling" the floor over a time.
+
+**Times.** `bench full` and `bench decode`: wall time of whole greedy generate loops, as a caller waits for them; per output token
+after the first, and to the first token apart; a time is the median over runs of the mean over a run's tokens. `bench layer`: the
+decoder layers alone, without embedding and LM head, between CUDA events; the median of at least 100 steps (of slow peers
+fewer, which the file says).
+
+**Peers** run on the same tensors as ours. *transformers eager* is `generate` as its users call it. *transformers CUDA graph* and
+*transformers compile* (`torch.compile`, mode reduce-overhead) are written kinder than its users have it: a static cache just long
+enough, the whole step with LM head and argmax captured or compiled, the token fed back on the device. In `bench layer` all three
+run the model's forward from the residual stream, over such a cache: layers, attention mask, rotary tables and final norm.
+
+**Ours.** `split`: regular launches. `fused`: one cooperative launch with thread-block clusters a layer. `graph`: the fused layers
+in one CUDA graph. `model`: the whole step in one launch. (`split graph`, in the tables of layers: the launches of `split` in a
+CUDA graph.) All give the same bits, and a run whose tokens or bits differ is marked so.
+"""
+
+LIMITS = """\
+## What the numbers do not show
+
+- Other GPUs, batches of more than one stream, quantised weights, speculative decoding: nothing of that was measured.
+- Engines beside transformers: none is in these runs.
+- Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are; texts and
+  perplexity need a checkpoint.
+- The host. Loops that launch many kernels a token (transformers eager; of ours `split` and `fused`) take as long as the host
+  needs to launch them; on another machine they may be several times as fast or as slow. Time to the first token of
+  transformers eager holds the preparations of its `generate`.
+- Clocks are as the driver sets them. Ratios within one run are worth more than times of different runs.
+- Peak memory is that of PyTorch's allocator: weights and what one loop holds beside them, without the CUDA context.
+- Kernels are compiled before anything is timed; the first use of a model on a machine takes longer.
+"""

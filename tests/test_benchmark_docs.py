@@ -1,0 +1,180 @@
+"""docs/benchmarks.md, its figures and the README's plot are those of the result files; sections come as files come."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark_docs
+import pytest
+from bench.fabricated import report
+from benchmark_files import RESULTS, read_results
+from benchmark_page import FIGURES, OVERVIEW, PAGE
+
+from clusterfusion.bench.decode.report import to_json
+from clusterfusion.errors import ClusterFusionError
+
+ROOT = Path(__file__).resolve().parent.parent
+README = f"# Name\n\n{benchmark_docs.BEGIN}{benchmark_docs.END}\n## More\n"
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+def test_what_is_committed_is_what_the_files_say(capsys: pytest.CaptureFixture[str]) -> None:
+    status = benchmark_docs.main(["--check"])
+    assert status == 0, capsys.readouterr().err
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / PAGE).parent.mkdir()
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def put(root: Path, name: str, data: dict[str, Any]) -> None:
+    (root / RESULTS / name).write_text(json.dumps(data))
+
+
+def decoded(benchmark: str = "decode", **more: Any) -> dict[str, Any]:
+    return to_json(report(16, 512, 1024)) | {"benchmark": benchmark} | more
+
+
+def evaluated(kind: str, **more: Any) -> dict[str, Any]:
+    facts = {
+        "model": "owner/pythia-160m",
+        "device": {"name": "NVIDIA Fabricated"},
+        "versions": {"torch": "2"},
+        "source_digest": "1" * 64,
+        "command": f"clusterfusion {kind}",
+        "date": "2026-11-24",
+    }
+    return {"evaluation": kind, "facts": facts} | more
+
+
+LOSSES = {
+    path: {"nats_per_token": 1.5, "perplexity": 4.48169, "bits_per_byte": 0.7}
+    for path in ("decode", "prefill", "transformers")
+}
+SCORED = {"losses": LOSSES, "scored_tokens": 99, "source": "a text"}
+
+
+def test_without_results_it_says_so(root: Path) -> None:
+    assert benchmark_docs.main([], root) == 0
+    said = (root / PAGE).read_text()
+    assert "there is no result of `bench full` or `bench decode` here" in said
+    assert "`bench roofline` by itself is not measured yet.\n" in said
+    assert "`verify`, `quality` and `perplexity`: not measured yet" in said
+    assert "not recorded yet" in said and ".json" not in said
+    readme = (root / "README.md").read_text()
+    assert "Speed is not measured yet" in readme
+    assert readme.startswith("# Name\n") and readme.endswith("## More\n")
+    assert benchmark_docs.main(["--check"], root) == 0
+
+
+@needs_matplotlib
+def test_sections_come_as_files_come(root: Path) -> None:
+    put(root, "decode_pythia-2.8b.json", decoded())
+    scored = {"perplexity": SCORED | {"mode": "model"}, "no_perplexity": None}
+    put(root, "full_pythia-2.8b.json", decoded("full", **scored))
+    put(root, "perplexity.json", evaluated("perplexity", **SCORED))
+    summary = {
+        "passed": True,
+        "identical_prompts": 15,
+        "prompts": 16,
+        "divergences": {"tie": 1, "error": 0},
+        "bit_differences": 0,
+    }
+    put(root, "verify.json", evaluated("verify", summary=summary, tokens=32, runs=2, modes=[{"name": "model"}]))
+    estimate = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None}}
+    put(root, "quality.json", evaluated("quality", measures=measures, positions=256, source="paragraphs"))
+    read = {"bytes": 4_000_000_000, "variants": {"loads": {"median_ms": 0.8, "bytes_per_s": 5e12}}}
+    device = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
+    put(root, "roofline.json", {"benchmark": "roofline", "reads": [read], **device})
+    put(root, "other.json", {"traceEvents": []})
+    assert benchmark_docs.main([], root) == 0
+    said = (root / PAGE).read_text()
+    for expected in (
+        "### pythia-2.8b, float16, random weights: `bench full`",
+        "### pythia-2.8b, float16, random weights: `bench decode`",
+        "| graph | 2.000 (1.88) | 2.000 (1.82) | 2.000 (1.77) |",
+        "| transformers compile | – | – | 4.000 (3.54) |",
+        "| graph → model | 1.427x | 1.379x | 1.333x |",
+        "| transformers compile → model | – | – | 2.665x |",
+        "| model | 30.0 (1.00) | 30.0 (1.00) | 30.0 (1.00) |",
+        "Not in it: mode fused: there is no fuse; transformers compile at context 16: Unsupported: [no]",
+        "| ours, token by token | 1.500000 | 4.48169 | 0.70000 |",
+        "Peak memory over all contexts, weights included: transformers eager 6.00 GB",
+        "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 1 tie, 0 error.",
+        "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
+        "| 4.00 | loads | 0.8000 | 5.000 |",
+        "`benchmark_decode.py` | `clusterfusion bench decode --random-weights pythia-2.8b`",
+        "[decode_pythia-2.8b.json](../benchmarks/results/h200/decode_pythia-2.8b.json) (random weights)",
+        "Not drawn from here: [other.json]",
+        f"sources `{'0' * 64}`",
+    ):
+        assert expected in said, expected
+    assert all(
+        "not recorded yet" not in line for line in said.splitlines() if line.startswith("| `benchmark_decode.py")
+    )
+    readme = (root / "README.md").read_text()
+    assert f"]({OVERVIEW})" in readme and "Time per output token of whole generate loops after 1024 tokens" in readme
+    assert "full_pythia-2.8b.json" in readme and "decode_pythia-2.8b.json" not in readme
+    drawn = {path.name for path in (root / FIGURES).iterdir()}
+    kinds = ("tpot", "speedup", "read_share")
+    assert drawn == {"overview.svg"} | {
+        f"{kind}_pythia-2.8b_{plot}.svg" for kind in ("full", "decode") for plot in kinds
+    }
+    assert benchmark_docs.main(["--check"], root) == 0
+    assert benchmark_docs.write(root) == [], "the same files give the same page"
+
+
+@needs_matplotlib
+def test_what_is_stale_is_named_and_mended(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(root, "decode_pythia-2.8b.json", decoded())
+    assert benchmark_docs.main([], root) == 0
+    changed = decoded()
+    changed["contexts"][0]["modes"]["graph"]["median_ms"] = 1.9
+    put(root, "decode_pythia-2.8b.json", changed)
+    (root / FIGURES / "unwanted.svg").write_text("")
+    capsys.readouterr()
+    assert benchmark_docs.main(["--check"], root) == 1
+    said = capsys.readouterr().err
+    for path in (PAGE, FIGURES / "decode_pythia-2.8b_tpot.svg", OVERVIEW, FIGURES / "unwanted.svg"):
+        assert f"benchmark_docs: {path} is stale; run: python3 scripts/benchmark_docs.py" in said
+    assert "README.md" not in said, "it holds no number of that context"
+    benchmark_docs.write(root)
+    assert benchmark_docs.main(["--check"], root) == 0
+    assert not (root / FIGURES / "unwanted.svg").exists()
+    (root / PAGE).write_text((root / PAGE).read_text().replace("1.900", "1.500"))
+    assert benchmark_docs.main(["--check"], root) == 1
+
+
+def test_a_readme_without_its_marks_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "README.md").write_text("# Name\n")
+    assert benchmark_docs.main(["--check"], root) == 1
+    assert "README.md must hold these two lines" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_writes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise ClusterFusionError("plots need matplotlib")
+
+    put(root, "decode_pythia-2.8b.json", decoded())
+    monkeypatch.setattr(benchmark_docs.plots, "require_matplotlib", missing)
+    assert benchmark_docs.main([], root) == 1
+    assert capsys.readouterr().err == "benchmark_docs: plots need matplotlib\n"
+    assert not (root / PAGE).exists() and not (root / FIGURES).exists()
+
+
+def test_every_committed_result_is_one_that_the_page_knows() -> None:
+    results, others = read_results(ROOT)
+    assert results and not others
+    for file in results:
+        assert len(file.origin["source_digest"]) == 64
+        assert file.origin["command"].startswith("clusterfusion ")
