@@ -9,6 +9,7 @@ import typer
 
 from clusterfusion.cli.bench_loops import PeerContextsOption, PeersOption, decode, full
 from clusterfusion.cli.output import (
+    EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
     RandomWeights,
@@ -128,7 +129,7 @@ def prefill(
     report = made.measure_prefill(engine, options, progress, command, write)
     if report.interrupted:
         write(report)
-    _show([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
+    show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
