@@ -22,6 +22,7 @@ _PUBLIC = {
     "named_shape": "clusterfusion.named_shapes",
     "decoder_layer": "clusterfusion.ops",
     "gpt_neox_layer": "clusterfusion.weights",
+    "llama_layer": "clusterfusion.weights",
     "layer_norm": "clusterfusion.ops",
     "rms_norm": "clusterfusion.ops",
     "pythia_2b8_decoder_layer": "clusterfusion.seed_api",
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
         pythia_6b9_graph_decode_step,
         pythia_6b9_mlp_only,
     )
-    from clusterfusion.weights import LayerWeights, gpt_neox_layer
+    from clusterfusion.weights import LayerWeights, gpt_neox_layer, llama_layer
 
 
 def __getattr__(name: str) -> Any:

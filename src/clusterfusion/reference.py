@@ -124,7 +124,8 @@ def attention(
     tokens = x.shape[0]
     end = position + tokens
     q, k, v = project_qkv(layer, x, dtype)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    neighbours = config.rotary.neighbours
+    q, k = rotate(q, cos, sin, neighbours=neighbours), rotate(k, cos, sin, neighbours=neighbours)
     k_cache[:, position:end] = k
     v_cache[:, position:end] = v
     causal = None
@@ -192,16 +193,23 @@ def project_qkv(layer: LayerWeights, x: Tensor, dtype: torch.dtype) -> tuple[Ten
     )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [heads, T, head_dim]: dimension i pairs with i + rotary_dim / 2; the rest pass through.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False) -> Tensor:
+    """Rotary embedding of x [heads, T, head_dim]: dimension i pairs with i + rotary_dim / 2, or with `neighbours` 2i with
+    2i + 1; the rest pass through.
 
     cos, sin [T, rotary_dim / 2], or [T, 2, rotary_dim / 2] where the two dimensions of a pair have angles of their own.
     """
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rotates, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (
+        (rotates[..., 0::2], rotates[..., 1::2]) if neighbours else (rotates[..., :half], rotates[..., half:])
+    )
     first_cos, second_cos = cos.unbind(-2) if cos.dim() == 3 else (cos, cos)
     first_sin, second_sin = sin.unbind(-2) if sin.dim() == 3 else (sin, sin)
-    return torch.cat((first * first_cos - second * first_sin, second * second_cos + first * second_sin, rest), dim=-1)
+    rotated = first * first_cos - second * first_sin, second * second_cos + first * second_sin
+    if neighbours:
+        return torch.cat((torch.stack(rotated, dim=-1).flatten(-2), rest), dim=-1)
+    return torch.cat((*rotated, rest), dim=-1)
 
 
 def rotary_tables(rotary: RotaryConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

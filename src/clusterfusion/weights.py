@@ -113,6 +113,73 @@ def gpt_neox_layer(
     )
 
 
+def llama_layer(
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    input_norm_weight: Tensor,
+    post_norm_weight: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> LayerWeights:
+    """A LLaMA layer over its tensors, without copies: matrices as `nn.Linear` holds them, q_weight [heads * head_dim, hidden],
+    k_weight and v_weight [kv_heads * head_dim, hidden]. The other shapes are those of LayerWeights.
+
+    Raises ArgumentError naming what is not a tensor, or stands in the way of cutting a matrix into heads."""
+    heads = as_int("heads", heads, 1, 2**31, "a positive int")
+    kv_heads = as_int("kv_heads", kv_heads, 1, heads, f"a divisor of heads ({heads})")
+    require("kv_heads", kv_heads, heads % kv_heads == 0, f"a divisor of heads ({heads})")
+
+    def cut(name: str, tensor: Tensor | None, count: int, dims: int) -> Tensor | None:
+        if tensor is None:
+            return None
+        require_dense(name, tensor)
+        shape = list(tensor.shape)
+        fits = len(shape) == dims and shape[0] > 0 and shape[0] % count == 0
+        require(name, f"of shape {shape}", fits, f"of {dims} dimensions, its rows a multiple of {count}, the heads")
+        return tensor.unflatten(0, (count, -1))
+
+    matrices = {"q": (q_weight, heads), "k": (k_weight, kv_heads), "v": (v_weight, kv_heads)}
+    for name, (tensor, _) in matrices.items():
+        require_dense(f"{name}_weight", tensor)
+    q, k, v = (cut(f"{name}_weight", tensor, count, 2) for name, (tensor, count) in matrices.items())
+    assert q is not None and k is not None and v is not None
+    return LayerWeights(
+        input_norm_weight=input_norm_weight,
+        input_norm_bias=None,
+        q_weight=q,
+        k_weight=k,
+        v_weight=v,
+        q_bias=cut("q_bias", q_bias, heads, 1),
+        k_bias=cut("k_bias", k_bias, kv_heads, 1),
+        v_bias=cut("v_bias", v_bias, kv_heads, 1),
+        o_weight=o_weight,
+        o_bias=o_bias,
+        post_norm_weight=post_norm_weight,
+        post_norm_bias=None,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        qkv_weight=None,
+        qkv_bias=None,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderWeights:
     """All weights of a decoder, of one dtype and on one device. With tied embeddings `lm_head` is `embedding`."""

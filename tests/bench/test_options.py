@@ -39,7 +39,7 @@ def test_bad_options_are_named_with_value_and_need(options: dict[str, Any], expe
 
 
 def test_shapes_that_the_kernels_do_not_run() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"llama-3-8b cannot be measured beside .* --no-peers"):
+    with pytest.raises(UnsupportedModelError, match=r"llama-3-8b cannot be measured beside .*--no-peers"):
         layer_options("llama-3-8b")
     assert layer_options("llama-3-8b", peers=False).config.family == "llama"
     with pytest.raises(ArgumentError, match="named shape 'pythia-3b' is unknown"):

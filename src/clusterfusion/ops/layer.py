@@ -1,19 +1,18 @@
-"""One GPT-NeoX decoder layer at one token, as the torch operator clusterfusion::decoder_layer."""
+"""One decoder layer at one token, as a torch operator: clusterfusion::decoder_layer for GPT-NeoX's, whose q, k and v are one
+matrix; clusterfusion::separate_decoder_layer, in separate_layer.py, where they are three."""
 
 from __future__ import annotations
-
-import threading
 
 import torch
 from torch import Tensor
 
-from clusterfusion import reference
-from clusterfusion.architecture import Activation, DecoderConfig
+from clusterfusion.architecture import Activation
 from clusterfusion.arguments import index_of, require_dense, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_checks import (
     CACHE_SHAPES,
     Form,
+    Pairing,
     cache_views,
     check_apart,
     check_heads,
@@ -25,15 +24,8 @@ from clusterfusion.ops.layer_checks import (
     layer_config,
     layer_tensors,
 )
-from clusterfusion.ops.layer_launch import (
-    ErrorRecord,
-    LayerBuffers,
-    LayerScratch,
-    RotaryTables,
-    layer_arguments,
-    plan_for,
-    prepare_layer,
-)
+from clusterfusion.ops.layer_run import on_cpu, on_gpu
+from clusterfusion.ops.separate_layer import call_separate
 from clusterfusion.weights import LayerWeights, gpt_neox_layer
 
 
@@ -51,26 +43,32 @@ def decoder_layer(
     activation: Activation = "gelu",
     parallel_residual: bool = True,
     form: Form = "fused",
+    pairing: Pairing = "halves",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One decode step through a GPT-NeoX layer (Black et al. 2022): x' = x + attn(norm1 x) + mlp(norm2 x), or with
-    parallel_residual=False the sequential form. Returns (x', k_new, v_new).
+    parallel_residual=False the sequential form; or through a LLaMA layer (Touvron et al. 2023), which is sequential. Which norm,
+    whether the MLP is gated and how many K/V heads there are, layer_weights says. Returns (x', k_new, v_new).
 
     x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; in memory apart from
     the caches. x' has its shape and dtype.
     Sums are float32. The MLP's hidden vector and the new keys and values are rounded to the weights' dtype, float16 or
     bfloat16: on a GPU nothing else is; on the CPU the reference rounds every operand of a matrix product to it, the normed
     x, the queries and attention's output too.
-    layer_weights: matrices output-major, q, k, v fused head by head; `clusterfusion.gpt_neox_layer` makes one of
-    tensors, `Engine.weights.layers` holds a model's. Read where they lie.
-    k_cache, v_cache: keys (rotated) and values of the tokens so far, of the weights' dtype: [heads, max_len, head_dim] or
-    [max_len, heads * head_dim], of any strides that are multiples of 16 bytes. Rows below `position` are read; the new
-    token's are written at row `position` and returned as k_new, v_new [heads, head_dim].
+    layer_weights: matrices output-major, q, k, v fused head by head or three tensors; `clusterfusion.gpt_neox_layer` and
+    `clusterfusion.llama_layer` make one of tensors, `Engine.weights.layers` holds a model's. Without norm biases the norm is
+    RMSNorm; with gate_weight the MLP is activation(gate) * up. Read where they lie.
+    k_cache, v_cache: keys (rotated) and values of the tokens so far, of the weights' dtype: [kv_heads, max_len, head_dim] or
+    [max_len, kv_heads * head_dim], of any strides that are multiples of 16 bytes. Rows below `position` are read; the new
+    token's are written at row `position` and returned as k_new, v_new [kv_heads, head_dim].
     position: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on x's device, which
     one captured CUDA graph then reads anew at each replay. On a GPU only the launch looks at a tensor's value: one out of
     range leaves all three results NaN and the cache untouched, and the next call on the device that comes after that
     launch has ended is a DeviceError. (A replay of a graph is no call: after replays, look at the results.)
     cos, sin: float32 [rows, rotary_dim / 2] (row `position` is taken; of a single row, that one), or, where the two
     dimensions of a pair have angles of their own, [rows, rotary_dim or more], of which the first rotary_dim count.
+    activation: "gelu" (by erf), "gelu_tanh" or "silu".
+    pairing: which dimensions rotate together, "halves": i and i + rotary_dim / 2, or "neighbours": 2 i and 2 i + 1. Tables with
+    angles for each dimension are in the order of the dimensions.
     form: "fused", one cooperative launch with clusters, or "split", regular launches; the same bits.
 
     On CUDA tensors it runs on PyTorch's current stream; on CPU tensors the reference runs (position is read then).
@@ -83,23 +81,26 @@ def decoder_layer(
     for name, tensor in tensors.items():
         require_dense(name, tensor)
     weights = layer_tensors(layer_weights)
-    device = weights["qkv_weight"].device
+    where = "qkv_weight" if "qkv_weight" in weights else "q_weight"
+    device = weights[where].device
     for name, tensor in (tensors | weights).items():
         # Among them one on "meta" would make the operator infer shapes and compute nothing.
         if tensor.device != device:
-            raise ArgumentError(f"{name} is on {tensor.device}; it must be on {device}, as qkv_weight is")
+            raise ArgumentError(f"{name} is on {tensor.device}; it must be on {device}, as {where} is")
     check_heads(weights)
     w, head_dim = layer_weights, layer_weights.q_weight.shape[1]
-    rotary_dim, eps = checked_options(head_dim, rotary_dim, eps, activation, parallel_residual, form)
+    rotary_dim, eps = checked_options(head_dim, rotary_dim, eps, activation, parallel_residual, form, pairing)
     if not isinstance(position, Tensor):
         position = _position_tensor(position, k_cache)
+    options = (rotary_dim, eps, activation, parallel_residual, form, pairing)
     with torch.no_grad():
-        return _call(x, position, w, k_cache, v_cache, cos, sin, rotary_dim, eps, activation, parallel_residual, form)
+        call = _call if w.qkv_weight is not None else call_separate
+        return call(x, position, w, k_cache, v_cache, cos, sin, *options)
 
 
 def _call(
     x: Tensor, position: Tensor, w: LayerWeights, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
-    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.ops.clusterfusion.decoder_layer(
         x,
@@ -126,6 +127,7 @@ def _call(
         activation,
         parallel_residual,
         form,
+        pairing,
     )
 
 
@@ -146,7 +148,8 @@ _SCHEMA = (
     "(Tensor x, Tensor position, Tensor qkv_weight, Tensor? qkv_bias, Tensor o_weight, Tensor? o_bias, Tensor up_weight, "
     "Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor input_norm_weight, Tensor input_norm_bias, "
     "Tensor post_norm_weight, Tensor post_norm_bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, "
-    "int heads, int rotary_dim, float eps, str activation, bool parallel_residual, str form) -> (Tensor, Tensor, Tensor)"
+    "int heads, int rotary_dim, float eps, str activation, bool parallel_residual, str form, str pairing='halves') "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -177,6 +180,7 @@ def _decoder_layer(
     activation: str,
     parallel_residual: bool,
     form: str,
+    pairing: str = "halves",
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = gpt_neox_layer(
         qkv_weight, qkv_bias, o_weight, o_bias, up_weight, up_bias, down_weight, down_bias,
@@ -184,15 +188,15 @@ def _decoder_layer(
     )  # fmt: skip
     check_qkv(qkv_weight, qkv_bias)
     check_layer(x, weights, position)
-    checked_options(qkv_weight.shape[1] // heads, rotary_dim, eps, activation, parallel_residual, form)
+    checked_options(qkv_weight.shape[1] // heads, rotary_dim, eps, activation, parallel_residual, form, pairing)
     k, v = cache_views(k_cache, v_cache, weights)
     check_writable(k, v)
     check_apart("x", x, k, v)
-    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual)
+    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual, pairing)
     tables = checked_tables(cos, sin, config, x.device)
     if x.device.type == "cpu":
-        return _on_cpu(config, weights, x, k, v, position, tables)
-    return _on_gpu(config, weights, x, k, v, position, tables, form)
+        return on_cpu(config, weights, x, k, v, position, tables)
+    return on_gpu(config, weights, x, k, v, position, tables, form)
 
 
 @_decoder_layer.register_fake
@@ -221,73 +225,7 @@ def _(
     activation: str,
     parallel_residual: bool,
     form: str,
+    pairing: str = "halves",
 ) -> tuple[Tensor, Tensor, Tensor]:
     new = (heads, qkv_weight.shape[1] // heads)
     return x.new_empty(x.shape), qkv_weight.new_empty(new), qkv_weight.new_empty(new)
-
-
-def _on_cpu(
-    config: DecoderConfig,
-    weights: LayerWeights,
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    tables: RotaryTables,
-) -> tuple[Tensor, Tensor, Tensor]:
-    at, max_len = int(position.item()), k.shape[1]
-    if not 0 <= at < max_len:
-        raise ArgumentError(f"position is {at}; it must be from 0 to {max_len - 1}, the last row of k_cache")
-    half = config.rotary.dim // 2
-    cos, sin = (table[at if tables.row_stride else 0] for table in (tables.cos, tables.sin))
-    second = tables.second_angles
-    cos, sin = (torch.stack((t[:half], t[second : second + half]))[None] for t in (cos, sin))  # [1, 2, half]
-    row = x.reshape(1, -1).float()
-    with torch.autocast("cpu", enabled=False):
-        out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
-    return out.to(x.dtype).reshape(x.shape), k[:, at].clone(), v[:, at].clone()
-
-
-def _on_gpu(
-    config: DecoderConfig,
-    weights: LayerWeights,
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    tables: RotaryTables,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    index = x.device.index
-    plan = plan_for(config, index)
-    error = error_record(index)
-    error.check("This is said once", forget=True)
-    with torch.cuda.device(index):
-        row = dense(x)
-        out = torch.empty_like(row)
-        k_new, v_new = (k.new_empty(k.shape[0], k.shape[2]) for _ in range(2))
-        scratch = LayerScratch(plan, k.dtype, x.device)
-        buffers = LayerBuffers(row, out, k, v, position, tables, k_new, v_new)
-        arguments = layer_arguments(plan, weights, buffers, scratch, error)
-        segments = plan.segments if form == "split" else ("whole",)
-        for launch in prepare_layer(plan, k.dtype, x.dtype, segments, arguments, index):
-            launch()
-    return out.view(x.shape), k_new, v_new
-
-
-_ERRORS: dict[int, ErrorRecord] = {}
-_ERRORS_LOCK = threading.Lock()
-
-
-def error_record(device_index: int) -> ErrorRecord:
-    """The one that all calls on a device share."""
-    with _ERRORS_LOCK:
-        if device_index not in _ERRORS:
-            _ERRORS[device_index] = ErrorRecord()
-        return _ERRORS[device_index]
-
-
-def dense(x: Tensor) -> Tensor:
-    """x as a vector that kernels read in 16-byte accesses: itself, or a copy if it is strided or misaligned."""
-    row = x.reshape(-1)
-    return row if row.is_contiguous() and row.data_ptr() % 16 == 0 else row.clone(memory_format=torch.contiguous_format)

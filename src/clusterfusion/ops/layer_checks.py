@@ -15,13 +15,14 @@ from clusterfusion.ops.layer_launch import RotaryTables
 from clusterfusion.weights import LayerWeights
 
 Form = Literal["fused", "split"]
+Pairing = Literal["halves", "neighbours"]
 
-FORMS = get_args(Form)
+FORMS, PAIRINGS = get_args(Form), get_args(Pairing)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16)
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = get_args(Activation)
 MAY_BE_NONE = ("qkv_bias", "q_bias", "k_bias", "v_bias", "o_bias", "gate_weight", "gate_bias", "up_bias", "down_bias")
-CACHE_SHAPES = "[heads, max_len, head_dim] or [max_len, heads * head_dim]"
+CACHE_SHAPES = "[kv_heads, max_len, head_dim] or [max_len, kv_heads * head_dim]"
 
 
 def require_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -35,25 +36,49 @@ def require_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: tor
 
 
 def layer_tensors(weights: object) -> dict[str, Tensor]:
-    """The tensors of a GPT-NeoX layer by the names of LayerWeights, without the biases that it lacks."""
+    """The tensors of a layer by the names of LayerWeights, without those that it lacks."""
     if not isinstance(weights, LayerWeights):
         raise ArgumentError(
-            f"layer_weights is a {type(weights).__name__}; it must be a LayerWeights, from clusterfusion.gpt_neox_layer"
+            f"layer_weights is a {type(weights).__name__}; it must be a LayerWeights, from clusterfusion.gpt_neox_layer or "
+            "clusterfusion.llama_layer"
         )
     w = weights
-    if w.qkv_weight is None or w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None:
-        raise ArgumentError("layer_weights is not a GPT-NeoX layer: it must have qkv_weight, norm biases and no gate")
+    fused = w.qkv_weight is not None
+    if fused and (w.input_norm_bias is None or w.post_norm_bias is None or w.gate_weight is not None):
+        raise ArgumentError(
+            "layer_weights has qkv_weight, as a GPT-NeoX layer has: it must have norm biases and no gate"
+        )
+    if not fused and w.qkv_bias is not None:
+        raise ArgumentError(
+            "layer_weights has qkv_bias and no qkv_weight; q_bias, k_bias and v_bias go with three matrices"
+        )
+    if (w.input_norm_bias is None) != (w.post_norm_bias is None):
+        raise ArgumentError("layer_weights has one norm bias of two; it must have both (LayerNorm) or none (RMSNorm)")
+    if w.gate_bias is not None and w.gate_weight is None:
+        raise ArgumentError("layer_weights has gate_bias and no gate_weight")
+    lacking = MAY_BE_NONE if fused else (*MAY_BE_NONE, "qkv_weight", "input_norm_bias", "post_norm_bias")
     tensors = {}
     for field in dataclasses.fields(w):
         tensor = getattr(w, field.name)
-        if tensor is not None or field.name not in MAY_BE_NONE:
+        if tensor is not None or field.name not in lacking:
             require_dense(field.name, tensor)
             tensors[field.name] = tensor
     return tensors
 
 
 def check_heads(tensors: dict[str, Tensor]) -> None:
-    """Of `layer_tensors`: that q, k and v can be the heads of the fused projection."""
+    """Of `layer_tensors`: that q, k and v can be heads, where one matrix holds them of that one."""
+    if "qkv_weight" not in tensors:
+        shape = list(tensors["q_weight"].shape)
+        require("q_weight", f"of shape {shape}", len(shape) == 3 and all(shape), "[heads, head_dim, hidden]")
+        heads, head_dim, hidden = shape
+        for name in ("k_weight", "v_weight"):
+            shape = list(tensors[name].shape)
+            fits = len(shape) == 3 and shape[0] > 0 and heads % shape[0] == 0 and shape[1:] == [head_dim, hidden]
+            fits = fits and shape == list(tensors["k_weight"].shape)
+            needed = f"[kv_heads, {head_dim}, {hidden}], kv_heads a divisor of {heads}, k and v alike"
+            require(name, f"of shape {shape}", fits, needed)
+        return
     shape = list(tensors["qkv_weight"].shape)
     require("qkv_weight", f"of shape {shape}", len(shape) == 2 and shape[0] == 3 * shape[1], "[3 * hidden, hidden]")
     hidden, q_shape = shape[1], list(tensors["q_weight"].shape)
@@ -65,7 +90,13 @@ def check_heads(tensors: dict[str, Tensor]) -> None:
 
 
 def checked_options(
-    head_dim: int, rotary_dim: object, eps: object, activation: object, parallel_residual: object, form: object
+    head_dim: int,
+    rotary_dim: object,
+    eps: object,
+    activation: object,
+    parallel_residual: object,
+    form: object,
+    pairing: object = "halves",
 ) -> tuple[int, float]:
     """What says how the layer computes; `rotary_dim` and `eps` as Python's numbers."""
     even = f"an even int from 0 to {head_dim}, the size of a head"
@@ -73,7 +104,8 @@ def checked_options(
     require("rotary_dim", dim, dim % 2 == 0, even)
     epsilon = as_float("eps", eps, "a positive number")
     require("eps", epsilon, epsilon > 0, "a positive number")
-    for name, value, known in (("activation", activation, ACTIVATIONS), ("form", form, FORMS)):
+    choices = (("activation", activation, ACTIVATIONS), ("form", form, FORMS), ("pairing", pairing, PAIRINGS))
+    for name, value, known in choices:
         if not (isinstance(value, str) and value in known):
             raise ArgumentError(f"{name} is {shown(value)}; it must be one of {known}")
     if not isinstance(parallel_residual, bool):
@@ -90,10 +122,23 @@ def check_qkv(weight: Tensor, bias: Tensor | None) -> None:
         require_tensor("qkv_bias", bias, (weight.shape[0],), weight.dtype, weight.device)
 
 
+def check_separate(weights: LayerWeights) -> None:
+    """q, k and v as three matrices, whose shapes check_heads has seen."""
+    q = weights.q_weight
+    require("q_weight", q.dtype, q.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
+    require("q_weight", f"on {q.device}", q.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
+    for which in "qkv":
+        weight, bias = getattr(weights, f"{which}_weight"), getattr(weights, f"{which}_bias")
+        require_tensor(f"{which}_weight", weight, tuple(weight.shape), q.dtype, q.device)
+        if bias is not None:
+            require_tensor(f"{which}_bias", bias, (weight.shape[0], weight.shape[1]), q.dtype, q.device)
+
+
 def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
-    """The residual vector, the position and all weights, against the fused projection, which check_qkv has seen."""
-    qkv = cast(Tensor, weights.qkv_weight)
-    hidden, dtype, device = qkv.shape[1], qkv.dtype, qkv.device
+    """The residual vector, the position and all weights, against the projection of q, which check_qkv or check_separate has
+    seen."""
+    q = weights.q_weight
+    q_size, hidden, dtype, device = q.shape[0] * q.shape[1], q.shape[2], q.dtype, q.device
     shapes = [(*[1] * n, hidden) for n in range(3)]
     for name, tensor in (("x", x), ("position", position), ("up_weight", weights.up_weight)):
         require_dense(name, tensor)
@@ -107,8 +152,10 @@ def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
     require("up_weight", f"of shape {list(up.shape)}", up.dim() == 2, f"[intermediate, {hidden}]")
     intermediate = up.shape[0]
     expected = {
-        "o_weight": (hidden, hidden),
+        "o_weight": (hidden, q_size),
         "o_bias": (hidden,),
+        "gate_weight": (intermediate, hidden),
+        "gate_bias": (intermediate,),
         "up_weight": (intermediate, hidden),
         "up_bias": (intermediate,),
         "down_weight": (hidden, intermediate),
@@ -120,13 +167,14 @@ def check_layer(x: Tensor, weights: LayerWeights, position: Tensor) -> None:
     }
     for name, shape in expected.items():
         tensor = getattr(weights, name)
-        if tensor is not None or name not in MAY_BE_NONE:
+        separate_norm = weights.qkv_weight is None and name.endswith("norm_bias")
+        if tensor is not None or not (name in MAY_BE_NONE or separate_norm):
             require_tensor(name, tensor, shape, dtype, device)
 
 
 def cache_views(k_cache: Tensor, v_cache: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
-    """Both caches as [heads, max_len, head_dim], without copies."""
-    heads, head_dim, _ = weights.q_weight.shape
+    """Both caches as [kv_heads, max_len, head_dim], without copies."""
+    heads, head_dim, _ = weights.k_weight.shape
     views = []
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         require_dense(name, cache)
@@ -251,28 +299,34 @@ def checked_tables(cos: Tensor, sin: Tensor, config: DecoderConfig, device: torc
 
 
 def layer_config(
-    weights: LayerWeights, max_len: int, rotary_dim: int, eps: float, activation: str, parallel_residual: bool
+    weights: LayerWeights,
+    max_len: int,
+    rotary_dim: int,
+    eps: float,
+    activation: str,
+    parallel_residual: bool,
+    pairing: str = "halves",
 ) -> DecoderConfig:
     """What the layer is, with placeholders for what concerns a whole model. The options have been checked."""
     heads, head_dim, hidden = weights.q_weight.shape
     return DecoderConfig(
-        family="gpt_neox",
+        family="llama" if weights.qkv_weight is None else "gpt_neox",
         vocab_size=1,
         hidden_size=hidden,
         intermediate_size=weights.up_weight.shape[0],
         num_layers=1,
         num_heads=heads,
-        num_kv_heads=heads,
+        num_kv_heads=weights.k_weight.shape[0],
         head_dim=head_dim,
         max_position=max_len,
-        rotary=RotaryConfig(nominal_dim=rotary_dim),
-        norm="layer_norm",
+        rotary=RotaryConfig(nominal_dim=rotary_dim, neighbours=pairing == "neighbours"),
+        norm="rms_norm" if weights.input_norm_bias is None else "layer_norm",
         norm_eps=eps,
         activation=cast(Activation, activation),
-        gated_mlp=False,
+        gated_mlp=weights.gate_weight is not None,
         parallel_residual=parallel_residual,
-        attention_bias=weights.qkv_bias is not None,
+        attention_bias=weights.q_bias is not None,
         mlp_bias=weights.up_bias is not None,
         tied_embeddings=False,
-        fused_qkv=True,
+        fused_qkv=weights.qkv_weight is not None,
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clusterfusion.arguments import as_int, index_of, require, shown
 from clusterfusion.errors import ArgumentError
-from clusterfusion.ops.layer import error_record
 from clusterfusion.ops.layer_checks import check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
     CAPTURE_LOCK,
@@ -22,6 +21,7 @@ from clusterfusion.ops.layer_launch import (
     plan_for,
     prepare_layer,
 )
+from clusterfusion.ops.layer_run import error_record
 from clusterfusion.plan import BlockPlan
 from clusterfusion.seed_api.checks import Shape, check, check_caches, checked_position, device_of
 from clusterfusion.seed_api.layer import Results, decode, weights_of

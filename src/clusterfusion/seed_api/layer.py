@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clusterfusion import reference
 from clusterfusion.jit.decoder_block import KvCache, LayerArguments, LayerTensors, Workspace
-from clusterfusion.ops.layer import decoder_layer, dense, error_record
+from clusterfusion.ops.layer import decoder_layer
 from clusterfusion.ops.layer_checks import Form, check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
     LayerBuffers,
@@ -17,6 +17,7 @@ from clusterfusion.ops.layer_launch import (
     plan_for,
     prepare_layer,
 )
+from clusterfusion.ops.layer_run import dense, error_record
 from clusterfusion.plan.block import Segment
 from clusterfusion.seed_api.checks import Shape, check, check_caches, checked_position, device_of
 from clusterfusion.weights import LayerWeights, gpt_neox_layer

@@ -1,0 +1,113 @@
+"""A decoder layer whose q, k and v are three matrices, at one token: the torch operator clusterfusion::separate_decoder_layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clusterfusion.ops.layer_checks import (
+    cache_views,
+    check_apart,
+    check_heads,
+    check_layer,
+    check_separate,
+    check_writable,
+    checked_options,
+    checked_tables,
+    layer_config,
+    layer_tensors,
+)
+from clusterfusion.ops.layer_run import on_cpu, on_gpu
+from clusterfusion.weights import LayerWeights
+
+# In the operator's order.
+_WEIGHTS = (
+    *("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "o_weight", "o_bias"),
+    *("gate_weight", "gate_bias", "up_weight", "up_bias", "down_weight", "down_bias"),
+    *("input_norm_weight", "input_norm_bias", "post_norm_weight", "post_norm_bias"),
+)
+_NEEDED = (
+    "q_weight",
+    "k_weight",
+    "v_weight",
+    "o_weight",
+    "up_weight",
+    "down_weight",
+    "input_norm_weight",
+    "post_norm_weight",
+)
+
+
+def call_separate(
+    x: Tensor, position: Tensor, w: LayerWeights, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.ops.clusterfusion.separate_decoder_layer(
+        x,
+        position,
+        *(getattr(w, name) for name in _WEIGHTS),
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        rotary_dim,
+        eps,
+        activation,
+        parallel_residual,
+        form,
+        pairing,
+    )
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor position, "
+    + "".join(f"Tensor{'' if name in _NEEDED else '?'} {name}, " for name in _WEIGHTS)
+    + "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, int rotary_dim, float eps, str activation, "
+    "bool parallel_residual, str form, str pairing) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("clusterfusion::separate_decoder_layer", mutates_args=("k_cache", "v_cache"), schema=_SCHEMA)
+@torch.no_grad()
+def _separate_decoder_layer(
+    x: Tensor, position: Tensor,
+    q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, k_bias: Tensor | None, v_weight: Tensor,
+    v_bias: Tensor | None, o_weight: Tensor, o_bias: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
+    input_norm_weight: Tensor, input_norm_bias: Tensor | None, post_norm_weight: Tensor, post_norm_bias: Tensor | None,
+    k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = LayerWeights(
+        q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias, v_weight=v_weight, v_bias=v_bias,
+        o_weight=o_weight, o_bias=o_bias, gate_weight=gate_weight, gate_bias=gate_bias, up_weight=up_weight,
+        up_bias=up_bias, down_weight=down_weight, down_bias=down_bias, input_norm_weight=input_norm_weight,
+        input_norm_bias=input_norm_bias, post_norm_weight=post_norm_weight, post_norm_bias=post_norm_bias,
+        qkv_weight=None, qkv_bias=None,
+    )  # fmt: skip
+    check_heads(layer_tensors(weights))
+    check_separate(weights)
+    check_layer(x, weights, position)
+    checked_options(q_weight.shape[1], rotary_dim, eps, activation, parallel_residual, form, pairing)
+    k, v = cache_views(k_cache, v_cache, weights)
+    check_writable(k, v)
+    check_apart("x", x, k, v)
+    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual, pairing)
+    tables = checked_tables(cos, sin, config, x.device)
+    if x.device.type == "cpu":
+        return on_cpu(config, weights, x, k, v, position, tables)
+    return on_gpu(config, weights, x, k, v, position, tables, form)
+
+
+@_separate_decoder_layer.register_fake
+def _(
+    x: Tensor, position: Tensor,
+    q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, k_bias: Tensor | None, v_weight: Tensor,
+    v_bias: Tensor | None, o_weight: Tensor, o_bias: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
+    input_norm_weight: Tensor, input_norm_bias: Tensor | None, post_norm_weight: Tensor, post_norm_bias: Tensor | None,
+    k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    new = (k_weight.shape[0], k_weight.shape[1])
+    return x.new_empty(x.shape), k_weight.new_empty(new), k_weight.new_empty(new)
