@@ -25,7 +25,7 @@ from clusterfusion.jit.cache import default_cache
 from clusterfusion.jit.decode_step import step_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_launch import plan_for
-from clusterfusion.plan import BlockPlan, block
+from clusterfusion.plan import BlockPlan, block, sizes
 from clusterfusion.plan.trace import EVENTS, ROLES, passed, trace_words
 from clusterfusion.random_weights import random_weights, uniform
 
@@ -38,20 +38,24 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     stage = plan.tile_bytes * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
     cache_stages = knobs.get("deep", plan.cache_stages // plan.vector_warps) * vectors
-    tokens = block.cache_tile_tokens(c, knobs.get("cache", plan.cache_stages * plan.cache_stage_bytes) // cache_stages)
-    cache_stage = -(-block._tile_bytes(c, tokens) // 128) * 128
-    fixed = block.fixed_shared_bytes(c, ctas, plan.tile_bytes, warps, vectors, cache_stages, cache_stage)
-    most = (plan.limits.shared_bytes_per_block - fixed) // (stage + block.BARRIER_BYTES)
+    tokens = sizes.cache_tile_tokens(c, knobs.get("cache", plan.cache_stages * plan.cache_stage_bytes) // cache_stages)
+    cache_stage = sizes.round_up(sizes.cache_tile_bytes(c, tokens), 128)
+    fixed = sizes.fixed_shared_bytes(
+        c, ctas, plan.queries, plan.tile_bytes, warps, vectors, tokens, cache_stages, cache_stage
+    )
+    stage_room = stage + (1 + tiles) * sizes.MBARRIER_BYTES
+    most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     teams = warps // tiles
     stages = min(knobs.get("stages", most), most, 64) // teams * teams
-    splits = min(ctas // c.num_heads, block.MOST_SPLITS)
+    most_splits = block.MOST_SPLITS if plan.queries == 1 else block.MOST_SHARED_SPLITS
+    splits = min(ctas // plan.bundles, most_splits)
     splits = splits // 2 * 2 if splits > 1 else splits
     window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=plan.tile_bytes, stage_tiles=tiles,
         window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,
-        shared_bytes=fixed + stages * (stage + block.BARRIER_BYTES),
+        shared_bytes=fixed + stages * stage_room,
     )  # fmt: skip
     block.check_plan(made)
     return made

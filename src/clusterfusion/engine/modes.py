@@ -31,7 +31,9 @@ MODES: dict[str, Mode] = {
         Mode("model", "one cooperative launch for the whole step", _KERNELS),
     )
 }
-_ON_RECORD = ("gpt_neox",)  # families that tests/gpu/record.json has seen on the kernels; `auto` takes them for no other
+_ON_RECORD = (
+    "gpt_neox",
+)  # families that tests/gpu/record.json has seen on the kernels; `auto` takes them for no other
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")
 
 

@@ -20,10 +20,10 @@ from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress
 from clusterfusion.plan.limits import PlanLimits
 from clusterfusion.plan.sizes import (
-    BARRIER_BYTES,
     CLUSTER_SIZE,
     ELEMENT_BYTES,
     MAX_TILE_TOKENS,
+    MBARRIER_BYTES,
     PARTIAL_PADDING,
     TENSOR_COPY_ALIGNMENT,
     VECTOR,
@@ -281,6 +281,9 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
     if not even_parts(config, tile_bytes):
         stage_tiles = 1
     stage_bytes = tile_bytes * stage_tiles
+    stage_room = (
+        stage_bytes + (1 + stage_tiles) * MBARRIER_BYTES
+    )  # one says that it is full, one a tile that it is empty
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
@@ -296,7 +299,7 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
         )
 
     def stages_with(warps: int) -> int:
-        room = (limits.shared_bytes_per_block - fixed(warps)) // (stage_bytes + BARRIER_BYTES)
+        room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
         teams = warps // stage_tiles
         return min(max(room, 0), MAX_STAGES) // teams * teams
 
@@ -323,11 +326,7 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
         tile_tokens=tile_tokens,
         cache_stages=cache_stages,
         cache_stage_bytes=cache_stage_bytes,
-        shared_bytes=(
-            fixed(warps) + stages * (stage_bytes + BARRIER_BYTES)
-            if stages > 0
-            else fixed(2) + 2 * (stage_bytes + BARRIER_BYTES)
-        ),
+        shared_bytes=(fixed(warps) + stages * stage_room if stages > 0 else fixed(2) + 2 * stage_room),
     )
 
 
