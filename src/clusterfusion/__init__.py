@@ -39,6 +39,7 @@ _PUBLIC = {
     "pythia_6b9_create_graph_context": "clusterfusion.seed_api",
     "pythia_6b9_graph_decode_step": "clusterfusion.seed_api",
     "pythia_6b9_destroy_graph_context": "clusterfusion.seed_api",
+    "rmsnorm": "clusterfusion.seed_api",
     "ClusterFusionError": "clusterfusion.errors",
     "ArgumentError": "clusterfusion.errors",
     "CheckpointError": "clusterfusion.errors",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
         pythia_6b9_destroy_graph_context,
         pythia_6b9_graph_decode_step,
         pythia_6b9_mlp_only,
+        rmsnorm,
     )
     from clusterfusion.weights import LayerWeights, gpt_neox_layer, llama_layer
 

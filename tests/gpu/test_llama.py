@@ -19,7 +19,7 @@ from gpu.test_decoder_block import (
     steps,
     truth,
 )
-from tiny_models import random_token_ids, real_llama, tiny_llama
+from tiny_models import random_token_ids, real_llama, tiny_llama, weights_of
 
 import clusterfusion
 from clusterfusion import reference
@@ -168,6 +168,39 @@ def test_a_cache_of_131072_tokens(name: str) -> None:
         exact = reference.forward(weights, torch.tensor([7], device=GPU), wide, position, dtype=torch.float64)
         error = (logits["model"].double() - exact).norm() / exact.norm()
         assert error < 2e-3, f"relative error {error:.2e} at {position}"
+
+
+@pytest.mark.parametrize("pairing", ["halves", "neighbours"])
+@pytest.mark.parametrize(
+    "name", ["two heads a K/V head", "heads of 80", "attention biases", "heads longer than the residual"]
+)
+def test_the_general_call(name: str, pairing: str) -> None:
+    """One layer by itself: both forms and both cache layouts give the same bits, near the reference's in float64."""
+    weights = weights_of(tiny_llama(**TINY[name]).to(GPU, torch.float16))
+    c, layer, room = weights.config, weights.layers[0], 300
+    cos, sin = reference.rotary_tables(c.rotary, torch.arange(room, device=GPU), torch.float32)
+    config = dataclasses.replace(c, rotary=dataclasses.replace(c.rotary, neighbours=pairing == "neighbours"))
+    for position in (0, 1, 100, 299):
+        x = torch.randn(c.hidden_size, device=GPU)
+        noise = torch.randn(2, c.num_kv_heads, room, c.head_dim, device=GPU).half()
+        results = []
+        for form in ("split", "fused"):
+            for token_major in (False, True):
+                k, v = (t.transpose(0, 1).flatten(1).contiguous() if token_major else t.clone() for t in noise)
+                out, k_new, v_new = clusterfusion.decoder_layer(
+                    x, layer, k, v, position, cos, sin, rotary_dim=c.rotary.dim, eps=c.norm_eps, activation="silu",
+                    parallel_residual=False, form=form, pairing=pairing,
+                )  # fmt: skip
+                row = k[position].view(k_new.shape) if token_major else k[:, position]
+                assert torch.equal(row, k_new)
+                results.append((out, k_new, v_new))
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+        k, v = (t.double() for t in noise)
+        row_cos, row_sin = (t[position : position + 1].double() for t in (cos, sin))
+        exact = reference.decoder_layer(
+            config, layer, x[None].double(), row_cos, row_sin, k, v, position, dtype=torch.float64
+        )
+        assert (results[0][0].double() - exact[0]).norm() < 2e-3 * exact.norm()
 
 
 def test_a_shared_model_is_not_copied() -> None:

@@ -12,6 +12,7 @@ from clusterfusion.seed_api import graph_context, layer
 from clusterfusion.seed_api.checks import PYTHIA_2B8, PYTHIA_6B9
 from clusterfusion.seed_api.graph_context import graph_context_bytes
 from clusterfusion.seed_api.layer import Results
+from clusterfusion.seed_api.llama import rmsnorm
 
 __all__ = [
     "graph_context_bytes",
@@ -29,6 +30,7 @@ __all__ = [
     "pythia_6b9_destroy_graph_context",
     "pythia_6b9_graph_decode_step",
     "pythia_6b9_mlp_only",
+    "rmsnorm",
 ]
 
 
