@@ -1,6 +1,8 @@
 // The vector warps' side of a decoder layer: norms, attention, activations from other CTAs, residual, and the waits in between.
 #pragma once
 
+#include <cuda/std/type_traits>
+
 #include "block/attend.cuh"
 #include "block/residual.cuh"
 #include "block/trace.cuh"
@@ -192,7 +194,9 @@ class VectorWarps : public Attention<S> {
     OwnSums block(s_.block);
     constexpr bool kCentred = S::kNorm == Norm::layer_norm;  // the other one has no bias
     constexpr int kNorms = kBoth ? 4 : 2;
-    constexpr bool kEarly = kItems <= 16;  // with more, norm weights would not fit beside the values
+    // With more, norm weights would not fit beside the values; bf16 ones are converted as they come and take twice as many registers.
+    constexpr int kRegisters = kItems * kNorms / (cuda::std::is_same_v<W, __half> ? 2 : 1);
+    constexpr bool kEarly = kItems <= 16 && kRegisters <= 48;
     Vector<W, 4> norm[kEarly ? kItems / 4 : 1][kNorms] = {};
     float values[kItems] = {};
     int valid = 0;
