@@ -77,6 +77,15 @@ def test_it_is_the_reference_layer(options: dict[str, Any], position: int, dtype
     assert k_new.shape == (case.config.num_kv_heads, case.config.head_dim)
 
 
+def test_left_out_activation_and_residual_are_the_familys() -> None:
+    case = Case()
+    arguments = case.arguments()
+    del arguments["activation"], arguments["parallel_residual"]
+    expected, got = case.call()[0], clusterfusion.decoder_layer(**arguments)[0]
+    assert torch.equal(expected, got)
+    assert not torch.equal(expected, case.call(parallel_residual=True)[0])
+
+
 def neighbours(tensor: Tensor) -> Tensor:
     """Rows of every head [heads, head_dim, ...] so that those that are half a head apart become neighbours."""
     half = tensor.shape[1] // 2

@@ -40,14 +40,14 @@ def decoder_layer(
     *,
     rotary_dim: int,
     eps: float = 1e-5,
-    activation: Activation = "gelu",
-    parallel_residual: bool = True,
+    activation: Activation | None = None,
+    parallel_residual: bool | None = None,
     form: Form = "fused",
     pairing: Pairing = "halves",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One decode step through a GPT-NeoX layer (Black et al. 2022): x' = x + attn(norm1 x) + mlp(norm2 x), or with
-    parallel_residual=False the sequential form; or through a LLaMA layer (Touvron et al. 2023), which is sequential. Which norm,
-    whether the MLP is gated and how many K/V heads there are, layer_weights says. Returns (x', k_new, v_new).
+    parallel_residual=False the sequential form; or through a LLaMA layer (Touvron et al. 2023). Which norm, whether the MLP is
+    gated and how many K/V heads there are, layer_weights says. Returns (x', k_new, v_new).
 
     x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; in memory apart from
     the caches. x' has its shape and dtype.
@@ -66,7 +66,8 @@ def decoder_layer(
     launch has ended is a DeviceError. (A replay of a graph is no call: after replays, look at the results.)
     cos, sin: float32 [rows, rotary_dim / 2] (row `position` is taken; of a single row, that one), or, where the two
     dimensions of a pair have angles of their own, [rows, rotary_dim or more], of which the first rotary_dim count.
-    activation: "gelu" (by erf), "gelu_tanh" or "silu".
+    activation: "gelu" (by erf), "gelu_tanh" or "silu". Left out, it is "silu" for a layer with RMSNorm, as LLaMA's, else "gelu".
+    parallel_residual: left out, False for a layer with RMSNorm, else True.
     pairing: which dimensions rotate together, "halves": i and i + rotary_dim / 2, or "neighbours": 2 i and 2 i + 1. Tables with
     angles for each dimension are in the order of the dimensions.
     form: "fused", one cooperative launch with clusters, or "split", regular launches; the same bits.
@@ -89,6 +90,11 @@ def decoder_layer(
             raise ArgumentError(f"{name} is on {tensor.device}; it must be on {device}, as {where} is")
     check_heads(weights)
     w, head_dim = layer_weights, layer_weights.q_weight.shape[1]
+    llama = w.input_norm_bias is None
+    if activation is None:
+        activation = "silu" if llama else "gelu"
+    if parallel_residual is None:
+        parallel_residual = not llama
     rotary_dim, eps = checked_options(head_dim, rotary_dim, eps, activation, parallel_residual, form, pairing)
     if not isinstance(position, Tensor):
         position = _position_tensor(position, k_cache)
