@@ -31,9 +31,8 @@ MODES: dict[str, Mode] = {
         Mode("model", "one cooperative launch for the whole step", _KERNELS),
     )
 }
-_ON_RECORD = (
-    "gpt_neox",
-)  # families that tests/gpu/record.json has seen on the kernels; `auto` takes them for no other
+# Families that the kernels have run on a GPU; `auto` takes the kernels for no other.
+_ON_RECORD = ("gpt_neox",)
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")
 
 
