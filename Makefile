@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and
 # Handed to pytest: `make test PYTEST_ARGS="-k rotary -n 0"`.
 PYTEST_ARGS ?=
-# Two processes of one thread each: 82 s against 150 s for one process of two threads, on 2 cores.
+# Two processes of one thread each: on 2 cores nearly twice as fast as one process of two threads.
 PYTEST_PARALLEL := -n 2 --dist worksteal
 
 # A Python of 3.10 or newer: PYTHON if it is set (setup says so if it is too old), else the first of these that runs.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterfusion.cli.output import check_writable, write_json, write_whole
+from clusterfusion.cli.output import check_writable, command_line, write_json, write_whole
 from clusterfusion.errors import ArgumentError
 
 
@@ -69,3 +69,9 @@ def test_json_is_said_to_be_written(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1}, said.append, ", with 1 of 2 contexts")
     assert said == [f"written to {tmp_path / 'x.json'}, with 1 of 2 contexts"]
     assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_the_command_in_a_report_does_not_say_where_the_report_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "bench decode demo --contexts 8 --json /tmp/a.json --markdown=/tmp/a.md --out a.gz --plots here --runs 5"
+    monkeypatch.setattr("sys.argv", ["clusterfusion", *said.split(), "--text", "a b.txt"])
+    assert command_line() == "clusterfusion bench decode demo --contexts 8 --runs 5 --text 'a b.txt'"

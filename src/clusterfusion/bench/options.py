@@ -14,7 +14,7 @@ DTYPES = ("float16", "bfloat16")
 FEWEST_REPEATS = 100  # a median of fewer is no evidence
 MOST_REPEATS = 100_000
 DEFAULT_CONTEXTS = (16, 512, 1024, 2047)
-_ANY_POSITION = 2**40
+ANY_POSITION = 1 << 31  # more than any model has: where its limit is not known yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...]) -> tuple
     """Those of `contexts` that text such as "16,512" names; all of them if None. Raises ArgumentError for another."""
     if peer_contexts is None:
         return contexts
-    chosen = parse_contexts(peer_contexts, _ANY_POSITION, name="peer_contexts")
+    chosen = parse_contexts(peer_contexts, ANY_POSITION, name="peer_contexts")
     others = [context for context in chosen if context not in contexts]
     if others:
         raise ArgumentError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clusterfusion.cli.bench_loops import PeerContextsOption, PeersOption, decode, full
+from clusterfusion.cli.bench_loops import DtypeOption, MarkdownOption, PeerContextsOption, PeersOption, decode, full
 from clusterfusion.cli.output import (
     EXIT_INTERRUPTED,
     JsonOption,
@@ -93,12 +93,10 @@ def prefill(
         typer.Option(help="Prompts' lengths in tokens, with commas between; 16,128,512,1024,2048 if left out."),
     ] = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each loop at each length; at least 5.")] = 20,
-    peers: Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")] = True,
-    dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")] = None,
+    peers: PeersOption = True,
+    dtype: DtypeOption = None,
     json_file: JsonOption = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write the table to this file as Markdown.", metavar="FILE")
-    ] = None,
+    markdown: MarkdownOption = None,
 ) -> None:
     """Measure the time to the first token after prompts: ours in the fastest mode, the reference's, transformers'. Without a
     GPU: the reference mode on a short prompt."""

@@ -69,7 +69,7 @@ def progress_lines() -> Callable[[str], None]:
     return lambda message: typer.echo(f"{time.monotonic() - began:6.1f} s  {message}", err=True)
 
 
-OUTPUTS = ("--json", "--markdown", "--plots")
+OUTPUTS = ("--json", "--markdown", "--out", "--plots")
 
 
 def command_line() -> str:

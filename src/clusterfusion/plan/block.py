@@ -1,8 +1,8 @@
 """The plan of one decoder layer: rows to CTAs, heads to clusters, ring and window; and a check of it.
 
 The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
-R rows, but for the up projection's, which even out what the others leave uneven; in tiles of whole rows, or of parts of a row
-that is longer than a stage. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
+R rows, but for the up projection's, which even out what the others leave uneven; in tiles of a row, or of parts of one that
+is longer than a tile. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
 
 `queries` query heads that share a K/V head are a bundle: all that share it, or a part. Bundle b belongs to the `splits` CTAs from
 b * splits on, whole clusters, which take its cached tokens tile by tile in turn. Rows of the projection of q, k and v come K/V head

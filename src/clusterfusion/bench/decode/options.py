@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from clusterfusion.arguments import as_int
-from clusterfusion.bench.options import parse_contexts, some_contexts
+from clusterfusion.bench.options import ANY_POSITION, parse_contexts, some_contexts
 from clusterfusion.engine import MODES, Engine, load
 from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.named_shapes import named_shape
@@ -18,7 +18,6 @@ DEFAULT_NEW_TOKENS = 128
 CPU_CONTEXTS, CPU_NEW_TOKENS = (16,), 8  # enough to see that it runs
 CPU_MOST_PARAMETERS = 200_000_000
 FEWEST_RUNS, MOST_RUNS = 5, 1000
-_ANY_POSITION = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ def decode_options(
 
     Raises ArgumentError naming the option, its value and what is needed.
     """
-    limit = max_position or _ANY_POSITION
+    limit = max_position or ANY_POSITION
     if new_tokens is None:
         new_tokens = min(DEFAULT_NEW_TOKENS if on_gpu else CPU_NEW_TOKENS, limit // 2)
     new_tokens = as_int("new_tokens", new_tokens, 2, limit - 1)
@@ -63,7 +62,7 @@ def decode_options(
     if contexts is None:
         chosen = tuple(dict.fromkeys(min(context, most) for context in (DEFAULT_CONTEXTS if on_gpu else CPU_CONTEXTS)))
     else:
-        chosen = parse_contexts(contexts, _ANY_POSITION, least=1)
+        chosen = parse_contexts(contexts, ANY_POSITION, least=1)
     if max(chosen) > most:
         raise ArgumentError(
             f"contexts is {max(chosen)}, which makes {max(chosen) + new_tokens} tokens with the {new_tokens} new ones; the "

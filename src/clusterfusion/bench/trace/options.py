@@ -8,13 +8,13 @@ import torch
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.arguments import as_int
+from clusterfusion.bench.options import ANY_POSITION
 from clusterfusion.engine.modes import why_not
 from clusterfusion.errors import ArgumentError, UnsupportedModelError
 from clusterfusion.named_shapes import named_shape
 
 DEFAULT_CONTEXT, DEFAULT_STEPS, DEFAULT_CTAS = 512, 32, 16
 MODE = "model"
-_ANY_POSITION = 1 << 31
 _MOST_CTAS = 1 << 16
 
 
@@ -49,13 +49,13 @@ def trace_options(
 
     Raises ArgumentError naming the option, its value and what is needed.
     """
-    limit = max_position or _ANY_POSITION
+    limit = max_position or ANY_POSITION
     if steps is None:
         steps = min(DEFAULT_STEPS, limit // 2)
     steps = as_int("steps", steps, 1, limit - 1)
     if context is None:
         context = min(DEFAULT_CONTEXT, limit - steps)
-    context = as_int("context", context, 1, _ANY_POSITION)
+    context = as_int("context", context, 1, ANY_POSITION)
     if context + steps > limit:
         raise ArgumentError(
             f"context is {context}, which makes {context + steps} tokens with {steps} steps; the model has {limit} "

@@ -4,8 +4,8 @@
 // A stage is one copy and holds kTiles tiles, for as many warps, a team: few large copies keep memory busier than many small
 // ones (5 KB: 4.46 TB/s on an H200, 10 KB: 4.66), and small tiles spread a phase more evenly over the warps. A phase starts
 // with a stage of its own.
-// Each warp of a team says for itself that its tile may go: compute-sanitizer's racecheck follows one arrival at a barrier, and of
-// several the last.
+// Each warp of a team says at a barrier of its own that its tile may go. With one barrier for a team's warps compute-sanitizer's
+// racecheck reported copies against the reads of all but one of them.
 // A stage is always used by the same team (kStages is a multiple of the teams), so a warp that waits for its next use of a
 // stage has itself released the use before: its parity wait cannot see an older phase.
 // The window bounds the bytes in flight: messages between CTAs queue behind the stream, and a full ring of requests makes
