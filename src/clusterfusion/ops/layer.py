@@ -13,18 +13,12 @@ from clusterfusion.ops.layer_checks import (
     CACHE_SHAPES,
     Form,
     Pairing,
-    cache_views,
-    check_apart,
     check_heads,
-    check_layer,
     check_qkv,
-    check_writable,
     checked_options,
-    checked_tables,
-    layer_config,
     layer_tensors,
 )
-from clusterfusion.ops.layer_run import on_cpu, on_gpu
+from clusterfusion.ops.layer_run import checked_run
 from clusterfusion.ops.separate_layer import call_separate
 from clusterfusion.weights import LayerWeights, gpt_neox_layer
 
@@ -193,16 +187,8 @@ def _decoder_layer(
         input_norm_weight, input_norm_bias, post_norm_weight, post_norm_bias, heads=heads,
     )  # fmt: skip
     check_qkv(qkv_weight, qkv_bias)
-    check_layer(x, weights, position)
-    checked_options(qkv_weight.shape[1] // heads, rotary_dim, eps, activation, parallel_residual, form, pairing)
-    k, v = cache_views(k_cache, v_cache, weights)
-    check_writable(k, v)
-    check_apart("x", x, k, v)
-    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual, pairing)
-    tables = checked_tables(cos, sin, config, x.device)
-    if x.device.type == "cpu":
-        return on_cpu(config, weights, x, k, v, position, tables)
-    return on_gpu(config, weights, x, k, v, position, tables, form)
+    options = (rotary_dim, eps, activation, parallel_residual, form, pairing)
+    return checked_run(x, position, weights, k_cache, v_cache, cos, sin, *options)
 
 
 @_decoder_layer.register_fake

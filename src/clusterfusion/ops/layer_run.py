@@ -1,4 +1,4 @@
-"""One decoder layer at one token, of checked arguments: through the reference on the CPU, as kernels on the GPU."""
+"""One decoder layer at one token, once its arguments are checked: through the reference on the CPU, as kernels on the GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor
 from clusterfusion import reference
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import ArgumentError
+from clusterfusion.ops.layer_checks import (
+    cache_views,
+    check_apart,
+    check_layer,
+    check_writable,
+    checked_options,
+    checked_tables,
+    layer_config,
+)
 from clusterfusion.ops.layer_launch import (
     ErrorRecord,
     LayerBuffers,
@@ -20,6 +29,23 @@ from clusterfusion.ops.layer_launch import (
     prepare_layer,
 )
 from clusterfusion.weights import LayerWeights
+
+
+def checked_run(
+    x: Tensor, position: Tensor, weights: LayerWeights, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
+    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What both operators do with a layer's weights: check everything, then run it where x is."""
+    check_layer(x, weights, position)
+    checked_options(weights.q_weight.shape[1], rotary_dim, eps, activation, parallel_residual, form, pairing)
+    k, v = cache_views(k_cache, v_cache, weights)
+    check_writable(k, v)
+    check_apart("x", x, k, v)
+    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual, pairing)
+    tables = checked_tables(cos, sin, config, x.device)
+    if x.device.type == "cpu":
+        return on_cpu(config, weights, x, k, v, position, tables)
+    return on_gpu(config, weights, x, k, v, position, tables, form)
 
 
 def on_cpu(

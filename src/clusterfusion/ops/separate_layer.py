@@ -6,18 +6,11 @@ import torch
 from torch import Tensor
 
 from clusterfusion.ops.layer_checks import (
-    cache_views,
-    check_apart,
     check_heads,
-    check_layer,
     check_separate,
-    check_writable,
-    checked_options,
-    checked_tables,
-    layer_config,
     layer_tensors,
 )
-from clusterfusion.ops.layer_run import on_cpu, on_gpu
+from clusterfusion.ops.layer_run import checked_run
 from clusterfusion.weights import LayerWeights
 
 # In the operator's order.
@@ -87,16 +80,8 @@ def _separate_decoder_layer(
     )  # fmt: skip
     check_heads(layer_tensors(weights))
     check_separate(weights)
-    check_layer(x, weights, position)
-    checked_options(q_weight.shape[1], rotary_dim, eps, activation, parallel_residual, form, pairing)
-    k, v = cache_views(k_cache, v_cache, weights)
-    check_writable(k, v)
-    check_apart("x", x, k, v)
-    config = layer_config(weights, k.shape[1], rotary_dim, eps, activation, parallel_residual, pairing)
-    tables = checked_tables(cos, sin, config, x.device)
-    if x.device.type == "cpu":
-        return on_cpu(config, weights, x, k, v, position, tables)
-    return on_gpu(config, weights, x, k, v, position, tables, form)
+    options = (rotary_dim, eps, activation, parallel_residual, form, pairing)
+    return checked_run(x, position, weights, k_cache, v_cache, cos, sin, *options)
 
 
 @_separate_decoder_layer.register_fake
