@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
@@ -59,7 +60,7 @@ TINY: dict[str, dict[str, Any]] = {
     "heads of 256": heads(4, 2, 256),
     "heads longer than the residual": heads(4, 2, 128, 64),
     "heads shorter than the residual": heads(4, 2, 8, 256),
-    "rows of o longer than a stage": heads(16, 4, 128, 40),
+    "rows of o longer than a stage": heads(16, 4, 128, 48),
     "attention biases": {"attention_bias": True},
     "MLP biases": {"mlp_bias": True},
     "llama3 rotary, tied": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
@@ -92,7 +93,10 @@ def test_tiny_models_in_every_mode(name: str, dtype: torch.dtype) -> None:
 def test_random_small_models(seed: int) -> None:
     choose = random.Random(seed)
     kv, group = choose.choice((1, 2, 3, 4, 8)), choose.choice((1, 2, 3, 4, 7, 8))
-    options = heads(kv * group, kv, choose.choice((16, 40, 64, 80, 96, 128, 256)), 8 * choose.randrange(4, 80))
+    count = kv * group
+    hidden = math.lcm(count, 8)  # transformers wants whole heads in the residual, whatever they are long
+    hidden *= choose.randrange(1, max(2, 640 // hidden))
+    options = heads(count, kv, choose.choice((16, 40, 64, 80, 96, 128, 256)), hidden)
     options["intermediate_size"] = 8 * choose.randrange(1, 200)
     options["num_hidden_layers"] = choose.randrange(1, 5)
     options["attention_bias"], options["mlp_bias"] = (choose.random() < 0.3 for _ in range(2))

@@ -55,7 +55,10 @@ SEQUENTIAL = (
 # With K/V heads that query heads share, of idle lanes, in more bundles than one; biases; rows of o longer than a stage.
 LLAMA = (
     {},
-    {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 80, "attention_bias": True, "mlp_bias": True},
+    {
+        **{"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 80},
+        **{"attention_bias": True, "mlp_bias": True},
+    },
     {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 64},
 )
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 
-from clusterfusion.jit import decode_step, decoder_block
+import pytest
+
+from clusterfusion.jit import decode_step, decoder_block, lm_head, read_ceiling, residual_norms, rotary_to_cache
 from clusterfusion.jit.sources import CUDA_ROOT
+from clusterfusion.seed_api.graph_context import VECTORS
 
 
 def test_sizes_are_those_that_the_kernels_assert() -> None:
@@ -29,3 +32,24 @@ def test_fields_are_those_of_the_kernels_struct() -> None:
     assert body
     names = re.findall(r"\*(\w+)", body[1])
     assert names == [name for name, *_ in decoder_block.LayerTensors._fields_]
+
+
+@pytest.mark.parametrize(
+    "struct",
+    [
+        *(decoder_block.LayerTensors, decoder_block.KvCache, decoder_block.Workspace, decoder_block.LayerArguments),
+        *(decode_step.step_arguments_type(2), lm_head.HeadArguments, read_ceiling.ReadArguments),
+        *(residual_norms.NormOfRows, residual_norms.ResidualNormsArguments, rotary_to_cache.RotaryToCacheArguments),
+    ],
+)
+def test_a_name_that_is_no_field_is_an_error(struct: type[ctypes.Structure]) -> None:
+    """ctypes would keep it as an attribute, and the kernel would read zeros."""
+    with pytest.raises(AttributeError):
+        struct().no_field = 1
+
+
+def test_what_a_step_brings_are_fields_of_the_kernels_struct() -> None:
+    fields = {name for name, *_ in decoder_block.LayerTensors._fields_}
+    in_the_context = {"q_weight", "o_weight", "up_weight", "down_weight"}
+    gpt_neox_has_none = {"k_weight", "k_bias", "v_weight", "v_bias", "gate_weight", "gate_bias"}
+    assert set(VECTORS) == fields - in_the_context - gpt_neox_has_none

@@ -42,7 +42,7 @@ def step_arguments_type(layers: int) -> Any:
     ]
     size = sum(ctypes.sizeof(field) for _, field in fields)
     fields.append(("_padding", ctypes.c_byte * (-size % 128)))  # to a multiple of a tensor map's alignment
-    return type("StepArguments", (ctypes.Structure,), {"_fields_": fields})
+    return type("StepArguments", (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
 
 
 def step_source(

@@ -27,6 +27,7 @@ class LayerTensors(ctypes.Structure):
     """One layer's weights, as addresses on the device; None is null. Where q, k and v are one matrix, `q_weight` and `q_bias`
     are all of it."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = tuple(
         (name, _POINTER)
         for name in (
@@ -40,6 +41,7 @@ class LayerTensors(ctypes.Structure):
 class KvCache(ctypes.Structure):
     """Where keys and values lie, of one layer or of all. Strides in elements."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         ("k_cache", _POINTER),
         ("v_cache", _POINTER),
@@ -55,6 +57,7 @@ class KvCache(ctypes.Structure):
 class Workspace(ctypes.Structure):
     """What launches over any layer of a model share."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         ("cos", _POINTER),
         ("sin", _POINTER),
@@ -72,6 +75,7 @@ class Workspace(ctypes.Structure):
 class LayerArguments(ctypes.Structure):
     """The kernel's struct of the same name, field for field, as are the ones above. Addresses are device addresses."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         ("k_map", TensorMap),
         ("v_map", TensorMap),

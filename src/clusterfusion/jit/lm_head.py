@@ -17,6 +17,7 @@ _POINTER = ctypes.c_void_p
 class HeadArguments(ctypes.Structure):
     """The kernel's struct of the same name, field for field. x [hidden] and logits [vocabulary] are float32."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         ("workspace", Workspace),
         ("norm_weight", _POINTER),

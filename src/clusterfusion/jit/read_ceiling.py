@@ -27,6 +27,7 @@ _LOAD_CTAS = 2  # a multiprocessor
 class ReadArguments(ctypes.Structure):
     """The kernel's struct of the same name, field for field. `words` has room for `ctas(...)` 32-bit words."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("words", ctypes.c_void_p))
 
 

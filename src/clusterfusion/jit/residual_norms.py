@@ -28,10 +28,12 @@ _POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
 class NormOfRows(ctypes.Structure):
     """The kernel's struct of the same name, as is the one below. `out` is null where there is no such norm."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("out", _POINTER))
 
 
 class ResidualNormsArguments(ctypes.Structure):
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         ("x", _POINTER),
         ("delta", _POINTER * MOST_DELTAS),

@@ -22,6 +22,7 @@ _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 class RotaryToCacheArguments(ctypes.Structure):
     """The kernel's struct of the same name, field for field. Strides in elements."""
 
+    __slots__ = ()  # a name that is no field is an error
     _fields_ = (
         *((name, _POINTER) for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin")),
         *((name, _INT64) for name in ("q_token_stride", "q_head_stride", "kv_token_stride", "kv_head_stride")),

@@ -27,6 +27,8 @@ from clusterfusion.seed_api.checks import Shape, check, check_caches, checked_po
 from clusterfusion.seed_api.layer import Results, decode, weights_of
 from clusterfusion.weights import LayerWeights, gpt_neox_layer
 
+# What a step brings, by the kernel's names; q's, k's and v's biases are one, as their matrices are.
+VECTORS = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "q_bias", "o_bias", "up_bias", "down_bias")
 GRAPHS_KEPT = 4  # of a context: one for each set of norm weights and biases; then the oldest goes
 
 _CONTEXTS: dict[tuple[str, int], _Context] = {}
@@ -66,7 +68,7 @@ class _Replayer:
     def step(
         self, input: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor, vectors: dict[str, Tensor]
     ) -> Tensor:
-        """`vectors` by the kernel's names. Returns [3, hidden]: the output, and keys and values of all heads."""
+        """`vectors` by VECTORS. Returns [3, hidden]: the output, and keys and values of all heads."""
         self._error.check("Destroy the context and create it again")
         self._input.copy_(input)
         torch.cat((cos, sin), out=self._angles)
@@ -173,16 +175,8 @@ def step(
             )  # fmt: skip
             k, v = (cache[: context.max_seq_len] for cache in (context.k_cache, context.v_cache))
             return decode(shape, "fused", input, weights, k, v, position, cos, sin)
-        vectors = {
-            "norm1_weight": ln_weight,
-            "norm1_bias": ln_bias,
-            "norm2_weight": post_ln_weight,
-            "norm2_bias": post_ln_bias,
-            "qkv_bias": bias_qkv,
-            "o_bias": bias_o,
-            "up_bias": mlp_up_bias,
-            "down_bias": mlp_down_bias,
-        }
+        given = (ln_weight, ln_bias, post_ln_weight, post_ln_bias, bias_qkv, bias_o, mlp_up_bias, mlp_down_bias)
+        vectors = dict(zip(VECTORS, given, strict=True))
         with torch.cuda.device(device):
             out, k_new, v_new = context.replayer.step(input, cos, sin, position, vectors).unsqueeze(1)
     by_heads = (1, shape.config.num_heads, shape.config.head_dim)
