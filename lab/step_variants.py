@@ -43,7 +43,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     fixed = sizes.fixed_shared_bytes(
         c, ctas, plan.queries, plan.tile_bytes, warps, vectors, tokens, cache_stages, cache_stage
     )
-    stage_room = stage + (1 + tiles) * sizes.MBARRIER_BYTES
+    stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     teams = warps // tiles
     stages = min(knobs.get("stages", most), most, 64) // teams * teams

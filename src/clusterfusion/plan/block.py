@@ -20,10 +20,10 @@ from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress
 from clusterfusion.plan.limits import PlanLimits
 from clusterfusion.plan.sizes import (
+    BARRIER_BYTES,
     CLUSTER_SIZE,
     ELEMENT_BYTES,
     MAX_TILE_TOKENS,
-    MBARRIER_BYTES,
     PARTIAL_PADDING,
     TENSOR_COPY_ALIGNMENT,
     VECTOR,
@@ -281,9 +281,7 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
     if not even_parts(config, tile_bytes):
         stage_tiles = 1
     stage_bytes = tile_bytes * stage_tiles
-    stage_room = (
-        stage_bytes + (1 + stage_tiles) * MBARRIER_BYTES
-    )  # one says that it is full, one a tile that it is empty
+    stage_room = stage_bytes + BARRIER_BYTES
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)

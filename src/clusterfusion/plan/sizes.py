@@ -8,8 +8,7 @@ ELEMENT_BYTES = 2  # weights and K/V are 16-bit
 VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
-MBARRIER_BYTES = 8
-BARRIER_BYTES = 2 * MBARRIER_BYTES  # that a stage of cached tokens has room for
+BARRIER_BYTES = 2 * 8  # of a stage: mbarriers that say that it is full, and empty
 MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory

@@ -26,7 +26,7 @@ class TileWarps : public CtaState<S> {
   using typename Base::Shared;
 
   __device__ TileWarps(const Workspace& workspace, int position, Shared& shared, Tracer& trace)
-      : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_, lane_),
+      : Base(workspace, position, shared, S::kVectorThreads), ring_(shared.stages, shared.ring, this->warp_),
         trace_(trace) {}
 
   // One layer, or a segment of it; `layer`, `epoch` and kFaultCta as for VectorWarps.

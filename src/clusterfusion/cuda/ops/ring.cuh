@@ -4,14 +4,15 @@
 // A stage is one copy and holds kTiles tiles, for as many warps, a team: few large copies keep memory busier than many small
 // ones (5 KB: 4.46 TB/s on an H200, 10 KB: 4.66), and small tiles spread a phase more evenly over the warps. A phase starts
 // with a stage of its own.
-// Each warp of a team says at a barrier of its own that its tile may go. With one barrier for a team's warps compute-sanitizer's
-// racecheck reported copies against the reads of all but one of them.
+// Every lane says for itself that it has read its part: compute-sanitizer's racecheck does not see that one lane may speak for a warp
+// behind __syncwarp (lab/racecheck.cu).
 // A stage is always used by the same team (kStages is a multiple of the teams), so a warp that waits for its next use of a
 // stage has itself released the use before: its parity wait cannot see an older phase.
 // The window bounds the bytes in flight: messages between CTAs queue behind the stream, and a full ring of requests makes
 // every grid-wide dependency slower than the ring is deep.
 #pragma once
 
+#include "collectives/block_sum.cuh"
 #include "primitives/bulk_copy.cuh"
 #include "primitives/mbarrier.cuh"
 
@@ -29,13 +30,13 @@ struct Ring {
   static_assert(kStageBytes % 128 == 0, "stages keep the alignment of the ring");
 
   struct Barriers {
-    cuda::std::uint64_t full[kStages], empty[kStages][kTiles];
+    cuda::std::uint64_t full[kStages], empty[kStages];
   };
 
   static __device__ __forceinline__ void init(Barriers& barriers) {  // one thread; mbarrier_init_fence follows
     for (int stage = 0; stage < kStages; stage++) {
       mbarrier_init(&barriers.full[stage], 1);
-      for (int tile = 0; tile < kTiles; tile++) mbarrier_init(&barriers.empty[stage][tile], 1);
+      mbarrier_init(&barriers.empty[stage], kTiles * kWarpSize);
     }
   }
 };
@@ -51,10 +52,7 @@ class RingProducer {
   // Waits for a free stage, and until fewer than `window` stages are in flight; announces `bytes`. Returns where the tiles go.
   __device__ __forceinline__ char* begin(unsigned bytes, int window = Ring::kWindow) {
     const long long start = kTimed ? clock64() : 0;
-#pragma unroll
-    for (int tile = 0; tile < Ring::kTiles; tile++) {
-      mbarrier_wait_local(&barriers_.empty[stage_][tile], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
-    }
+    mbarrier_wait_local(&barriers_.empty[stage_], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
     if constexpr (kTimed) waited_for_room_ += clock64() - start;
     for (; in_flight_ >= window; in_flight_--) {
       mbarrier_wait_local(&barriers_.full[landing_], landing_parity_);
@@ -90,8 +88,8 @@ class RingProducer {
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
-  __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp, int lane)
-      : stages_(stages), barriers_(barriers), lane_(lane), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
+  __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp)
+      : stages_(stages), barriers_(barriers), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
         next_(warp / Ring::kTiles) {}
 
   // Calls visit(tile, data) for this warp's tiles among the `count` of the next phase; tiles of kTileBytes.
@@ -106,8 +104,7 @@ class RingConsumer {
       if constexpr (kTimed) waited_ += clock64() - start;
       const int tile = (next_ - first) * Ring::kTiles + tile_;
       if (Ring::kTiles == 1 || tile < count) visit(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive_local(&barriers_.empty[stage_][tile_]);
+      mbarrier_arrive_local(&barriers_.empty[stage_]);
       stage_ += Ring::kTeams;
       if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
@@ -123,7 +120,7 @@ class RingConsumer {
  private:
   const char* stages_;
   typename Ring::Barriers& barriers_;
-  int lane_, tile_, stage_, next_, first_ = 0;
+  int tile_, stage_, next_, first_ = 0;
   unsigned parity_ = 0;
   long long waited_ = 0;
 };

@@ -12,8 +12,6 @@
 
 namespace clusterfusion {
 
-constexpr int kLanes = 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kConsumerBarrier = 1;
 constexpr int kLoadThreads = 512;
 constexpr int kLoadCtas = 2;           // an SM; one is 3% slower on an H200, more are no faster
@@ -32,7 +30,7 @@ __device__ __forceinline__ unsigned fold(uint4 v) { return v.x ^ v.y ^ v.z ^ v.w
 // The XOR of `word` over kWarps warps, in their thread 0. `wait` is a barrier of just these warps.
 template <int kWarps, typename Wait>
 __device__ __forceinline__ unsigned fold_warps(unsigned word, unsigned* warp_words, Wait wait) {
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   word = __reduce_xor_sync(kAllLanes, word);
   if (lane == 0) warp_words[warp] = word;
   wait();
@@ -43,7 +41,7 @@ __device__ __forceinline__ unsigned fold_warps(unsigned word, unsigned* warp_wor
 
 template <int kWarps>
 struct WaitConsumers {
-  __device__ __forceinline__ void operator()() const { named_barrier_sync<kConsumerBarrier, kWarps * kLanes>(); }
+  __device__ __forceinline__ void operator()() const { named_barrier_sync<kConsumerBarrier, kWarps * kWarpSize>(); }
 };
 
 struct WaitCta {
@@ -53,7 +51,7 @@ struct WaitCta {
 // Grid: a CTA an SM; kWarps consumer warps and one producer warp. CTA c of G takes tiles [c T / G, (c + 1) T / G) of T, a
 // tile a stage. Dynamic shared memory: the ring's stages. The window is the whole ring: nobody waits for a message here.
 template <int kStages, int kWarps>
-__global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(const __grid_constant__ ReadArguments a) {
+__global__ void __launch_bounds__((kWarps + 1) * kWarpSize, 1) read_by_bulk_copies(const __grid_constant__ ReadArguments a) {
   using RingType = Ring<kStages, kStageBytesRead, 1, kWarps, kStages>;
   using cuda::std::int64_t;
   extern __shared__ __align__(128) char stages[];
@@ -70,8 +68,8 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(
     const int64_t left = a.bytes - tile * kStageBytesRead;
     return left < kStageBytesRead ? static_cast<unsigned>(left) : static_cast<unsigned>(kStageBytesRead);
   };
-  if (threadIdx.x >= kWarps * kLanes) {
-    if (threadIdx.x > kWarps * kLanes) return;
+  if (threadIdx.x >= kWarps * kWarpSize) {
+    if (threadIdx.x > kWarps * kWarpSize) return;
     RingProducer<RingType> ring(stages, barriers);
     const char* source = static_cast<const char*>(a.data) + first * kStageBytesRead;
     for (int64_t tile = first; tile < last; tile++, source += kStageBytesRead) {
@@ -81,17 +79,17 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(
     }
     return;
   }
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  RingConsumer<RingType> ring(stages, barriers, warp, lane);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  RingConsumer<RingType> ring(stages, barriers, warp);
   unsigned word = 0;
   ring.template tiles<kStageBytesRead>(static_cast<int>(last - first), [&](int tile, const char* data) {
     const uint4* vectors = reinterpret_cast<const uint4*>(data);
     const int count = bytes_of(first + tile) / sizeof(uint4);
     if (count == kStageBytesRead / sizeof(uint4)) {
 #pragma unroll 8
-      for (int i = 0; i < static_cast<int>(kStageBytesRead / sizeof(uint4)); i += kLanes) word ^= fold(vectors[i + lane]);
+      for (int i = 0; i < static_cast<int>(kStageBytesRead / sizeof(uint4)); i += kWarpSize) word ^= fold(vectors[i + lane]);
     } else {
-      for (int i = lane; i < count; i += kLanes) word ^= fold(vectors[i]);
+      for (int i = lane; i < count; i += kWarpSize) word ^= fold(vectors[i]);
     }
   });
   word = fold_warps<kWarps>(word, warp_words, WaitConsumers<kWarps>());
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) read_by_bulk_copies(
 // Grid: kLoadCtas CTAs an SM. Thread t of N takes vectors t, t + N, t + 2 N, ….
 __global__ void __launch_bounds__(kLoadThreads, kLoadCtas) read_by_loads(const __grid_constant__ ReadArguments a) {
   using cuda::std::int64_t;
-  __shared__ unsigned warp_words[kLoadThreads / kLanes];
+  __shared__ unsigned warp_words[kLoadThreads / kWarpSize];
   const uint4* vectors = static_cast<const uint4*>(a.data);
   const int64_t count = a.bytes / sizeof(uint4), step = static_cast<int64_t>(gridDim.x) * kLoadThreads;
   int64_t at = static_cast<int64_t>(blockIdx.x) * kLoadThreads + threadIdx.x;
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(kLoadThreads, kLoadCtas) read_by_loads(const _
     for (int i = 0; i < kLoadsInFlight; i++) word ^= fold(loaded[i]);
   }
   for (; at < count; at += step) word ^= fold(__ldg(vectors + at));
-  word = fold_warps<kLoadThreads / kLanes>(word, warp_words, WaitCta());
+  word = fold_warps<kLoadThreads / kWarpSize>(word, warp_words, WaitCta());
   if (threadIdx.x == 0) a.words[blockIdx.x] = word;
 }
 
