@@ -308,15 +308,12 @@ def test_auto_says_why() -> None:
     assert "need an NVIDIA GPU, and the device is 'cpu'" in engine.mode_reason
 
 
-def test_auto_takes_the_kernels_for_families_that_have_run_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["pythia-14m", "smollm-135m"])
+def test_auto_takes_the_whole_step_where_nothing_is_in_its_way(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from clusterfusion.engine import modes
 
     monkeypatch.setattr(modes, "why_not", lambda name, config, dtype, device: None)
-    gpu = torch.device("cuda", 0)
-    assert modes.choose_mode("auto", named_shape("pythia-14m"), torch.float16, gpu).name == "model"
-    llama = modes.choose_mode("auto", named_shape("smollm-135m"), torch.float16, gpu)
-    assert llama.name == "reference" and "have not run llama on a GPU yet" in llama.reason
-    assert modes.choose_mode("model", named_shape("smollm-135m"), torch.float16, gpu).name == "model"
+    assert modes.choose_mode("auto", named_shape(shape), torch.float16, torch.device("cuda", 0)).name == "model"
 
 
 def test_long_contexts_do_not_take_all_memory_by_default() -> None:

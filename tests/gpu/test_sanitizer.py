@@ -129,6 +129,37 @@ for family, options in (
         assert prefill.run(ids, position).isfinite().all()
 """
 
+# The same without PyTorch's kernels between ours, of which one ends racecheck 2025.3 in an internal error.
+PREFILL_KERNELS = """
+import dataclasses
+import torch
+from clusterfusion import reference
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.ops.residual_norms import ResidualNorms
+from clusterfusion.ops.rotary_to_cache import RotaryToCache
+gpu = torch.device("cuda", 0)
+for norm in ("layer_norm", "rms_norm"):
+    for hidden in (32, 36, 160, 2560):
+        config = dataclasses.replace(named_shape("pythia-14m"), norm=norm, hidden_size=hidden)
+        norms = ResidualNorms(config, torch.float16, gpu)
+        for rows, deltas, count, fresh in ((1, 1, 1, True), (50, 2, 2, False)):
+            x = torch.randn(rows, hidden, device=gpu)
+            added = [torch.randn(rows, hidden, device=gpu).half() for _ in range(deltas)]
+            weight = torch.ones(hidden, device=gpu).half()
+            outs = [torch.full((rows, hidden), torch.nan, device=gpu).half() for _ in range(count)]
+            norms(x, added, [(weight, weight if norm == "layer_norm" else None, out) for out in outs], fresh=fresh)
+            assert all(out.isfinite().all() for out in outs)
+for heads, kv_heads, size, rotary in ((4, 4, 8, 2), (2, 2, 80, 24), (4, 2, 20, 20)):
+    base = named_shape("pythia-14m")
+    turned = dataclasses.replace(base.rotary, nominal_dim=rotary)
+    config = dataclasses.replace(base, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, rotary=turned)
+    q, k, v = (torch.randn(50, count, size, device=gpu).half() for count in (heads, kv_heads, kv_heads))
+    caches = torch.full((2, 2, kv_heads, 60, size), torch.nan, device=gpu).half()
+    cos, sin = reference.rotary_tables(turned, torch.arange(50, device=gpu), torch.float32)
+    RotaryToCache(config, torch.float16, gpu).bind(q, k, v, *(cache[:, :, 7:57] for cache in caches), cos, sin)(1)
+    assert caches[:, 1, :, 7:57].isfinite().all() and caches[:, 0].isnan().all()
+"""
+
 WORKLOADS = {
     "norms": """
 import torch, clusterfusion
@@ -149,6 +180,7 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
     "decoder layer, parallel": LAYER.format(options=PARALLEL),
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
     "prefill": PREFILL,
+    "prefill's kernels": PREFILL_KERNELS,
     "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0]), family="gpt_neox"),
     "decode step, LLaMA": STEP.format(options=LLAMA, family="llama"),
 }
@@ -157,7 +189,12 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
 @pytest.mark.parametrize(
     ("workload", "tool"),
-    [(workload, tool) for workload in WORKLOADS for tool in ("memcheck", "racecheck", "synccheck")],
+    [
+        (workload, tool)
+        for workload in WORKLOADS
+        for tool in ("memcheck", "racecheck", "synccheck")
+        if (workload, tool) != ("prefill", "racecheck")
+    ],
 )
 def test_nothing_is_reported(workload: str, tool: str) -> None:
     done = sanitize(WORKLOADS[workload], tool)

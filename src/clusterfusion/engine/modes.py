@@ -31,8 +31,6 @@ MODES: dict[str, Mode] = {
         Mode("model", "one cooperative launch for the whole step", _KERNELS),
     )
 }
-# Families that the kernels have run on a GPU; `auto` takes the kernels for no other.
-_ON_RECORD = ("gpt_neox",)
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")
 
 
@@ -50,8 +48,6 @@ def choose_mode(requested: str, config: DecoderConfig, dtype: torch.dtype, devic
         obstacles: list[str] = []
         for name in _FASTEST_FIRST:
             obstacle = why_not(name, config, dtype, device)
-            if obstacle is None and name != "reference" and config.family not in _ON_RECORD:
-                obstacle = f"the kernels have not run {config.family} on a GPU yet; asked for by name, they do"
             if obstacle is None:
                 return ModeChoice(name, "; ".join(obstacles) or "the fastest mode")
             if obstacle not in obstacles:
