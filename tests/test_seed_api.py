@@ -328,9 +328,13 @@ def spoiled(tensor: Tensor) -> dict[str, Any]:
         "type": None,
         "a list": [1.0],
         "sparse": torch.sparse_coo_tensor(torch.empty(len(shape), 0), one[:0], shape, check_invariants=True),
+        "nested": torch.nested.nested_tensor([one]),
+        "nested, of two dimensions": torch.nested.nested_tensor([one[None]]),
+        "negated": torch._neg_view(tensor),
     }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_a_bad_tensor_is_named(context: dict[str, Any], name: str, argument: str) -> None:
     ctx_id = 2 if name == "create_graph_context" else 1
@@ -338,7 +342,7 @@ def test_a_bad_tensor_is_named(context: dict[str, Any], name: str, argument: str
         with pytest.raises(ArgumentError, match=f"^{argument} is .*must be") as caught:
             call("pythia_2b8", name, context, ctx_id=ctx_id, **{argument: bad})
         seen = {"shape": "shape", "dtype": "bfloat16", "device": "meta", "strides": "stride", "type": "NoneType",
-                "sparse": "sparse_coo"}  # fmt: skip
+                "sparse": "sparse_coo", "nested": "nested", "negated": "negated view"}  # fmt: skip
         assert seen.get(what, "") in str(caught.value), caught.value
     assert not context["k_cache"].any() and not context["v_cache"].any()
 
@@ -367,11 +371,17 @@ def test_caches_must_be_alike() -> None:
         call("pythia_2b8", "decoder_layer", given, v_cache=given["v_cache"][:-1])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_tensor_of_another_layout_is_named() -> None:
     given = blank("pythia_2b8")
     position = torch.tensor([7], dtype=torch.int32).to_sparse()
     with pytest.raises(ArgumentError, match="^current_seq_len is of layout torch.sparse_coo"):
         call("pythia_2b8", "decoder_layer", given, current_seq_len=position)
+    nested = torch.nested.nested_tensor([torch.tensor([7], dtype=torch.int32)])
+    with pytest.raises(ArgumentError, match="^current_seq_len is of layout nested"):
+        call("pythia_2b8", "decoder_layer", given, current_seq_len=nested)
+    with pytest.raises(ArgumentError, match="^current_seq_len is a negated view"):
+        call("pythia_2b8", "decoder_layer", given, current_seq_len=torch._neg_view(torch.tensor(-7, dtype=torch.int32)))
     with pytest.raises(ArgumentError, match="^cos is of layout torch._mkldnn"):  # which calls itself contiguous
         call("pythia_2b8", "attention_only", given, cos=given["cos"].to_mkldnn())
 
@@ -462,6 +472,7 @@ def test_max_seq_len_bounds_the_position() -> None:
         call("pythia_2b8", "destroy_graph_context", given)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 def test_a_step_takes_the_contexts_own_caches(context: dict[str, Any], name: str) -> None:
     cache = context[name]
@@ -473,10 +484,13 @@ def test_a_step_takes_the_contexts_own_caches(context: dict[str, Any], name: str
         cache.float(),
         cache.to("meta"),
         cache.to_sparse(),
+        torch.nested.nested_tensor([cache]),
         None,
     ):
         with pytest.raises(ArgumentError, match=f"^{name} is .*the tensor that the context was created with"):
             call("pythia_2b8", "graph_decode_step", context, **{name: other})
+    with pytest.raises(ArgumentError, match=f"^{name} is a negated view"):
+        call("pythia_2b8", "graph_decode_step", context, **{name: torch._neg_view(cache)})
     call("pythia_2b8", "graph_decode_step", context, **{name: cache.view(cache.shape)})
 
 

@@ -28,6 +28,14 @@ def require_dense(name: str, value: object, needed: str = "a tensor") -> None:
         raise ArgumentError(f"{name} is of layout {layout}; it must be {needed} of layout torch.strided")
 
 
+def require_not_negated(name: str, tensor: Tensor) -> None:
+    """Raise ArgumentError if `tensor` shows what lies in memory negated (`Tensor.is_neg`). torch.compile cannot follow this."""
+    if tensor.is_neg():
+        raise ArgumentError(
+            f"{name} is a negated view; it must be a tensor whose elements lie in memory, as of {name}.resolve_neg()"
+        )
+
+
 def as_int(name: str, value: object, least: int, most: int, needed: str | None = None) -> int:
     """`value` as an int from `least` to `most`. Raises ArgumentError naming the argument, what came and what is `needed`."""
     number = index_of(value)

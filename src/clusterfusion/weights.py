@@ -18,7 +18,8 @@ class LayerWeights:
 
     The projections of the heads are 3-D views [heads, head_dim, hidden]: contiguous inside a head, with any stride from
     head to head. So a checkpoint that fuses q, k, v head by head (GPT-NeoX) and one that holds them apart (LLaMA) look
-    alike, and neither is copied. Biases are [heads, head_dim] in the same manner. None where the model has none.
+    alike, and neither is copied. Biases are [heads, head_dim] in the same manner. None where the model has none. What replaces
+    a fused matrix or bias must replace its three views too: `gpt_neox_layer` cuts them.
     """
 
     input_norm_weight: Tensor  # [hidden]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import clusterfusion
 from clusterfusion import reference
@@ -206,6 +207,21 @@ def half_an_element(case: Case) -> dict[str, Any]:
     return {"x": memory[:width].view(torch.float32), "k_cache": memory[width - 1 :].view_as(case.k)}
 
 
+def negated(tensor: Tensor) -> Tensor:
+    return torch._neg_view(tensor)
+
+
+def all_without_data(case: Case) -> dict[str, Any]:
+    """Of which the operator would infer shapes, whatever they are."""
+    weights = {
+        field.name: None if value is None else value.to("meta")
+        for field in dataclasses.fields(LayerWeights)
+        for value in (getattr(case.weights, field.name),)
+    }
+    tensors = {name: torch.empty(7, device="meta") for name in ("x", "k_cache", "v_cache", "cos", "sin")}
+    return tensors | {"layer_weights": LayerWeights(**weights), "position": torch.zeros(1, device="meta").int()}
+
+
 def no_room(case: Case) -> dict[str, Any]:
     return {"k_cache": case.k[:, :0], "v_cache": case.v[:, :0]}
 
@@ -221,6 +237,11 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "two rows": (lambda c: {"x": c.x.expand(2, -1)}, r"x is of shape \[2, 128\]"),
     "x in float64": (lambda c: {"x": c.x.double()}, "x is torch.float64"),
     "x elsewhere": (lambda c: {"x": c.x.to("meta")}, "x is on meta"),
+    "qkv elsewhere": (
+        replaced("qkv_weight", lambda t: t.to("meta")),
+        "qkv_weight is on meta; it must be a CPU or CUDA",
+    ),
+    "all elsewhere": (all_without_data, "qkv_weight is on meta; it must be a CPU or CUDA"),
     "position at the end": (lambda c: {"position": ROOM}, "position is 40; it must be an int from 0 to 39"),
     "negative position": (lambda c: {"position": -1}, "position is -1"),
     "position True": (lambda c: {"position": True}, "position is True"),
@@ -255,6 +276,8 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "odd rotary": (lambda c: {"rotary_dim": 3}, "rotary_dim is 3"),
     "rotary too wide": (lambda c: {"rotary_dim": 34}, "rotary_dim is 34"),
     "no eps": (lambda c: {"eps": 0.0}, "eps is 0.0"),
+    "an eps that float32 takes for 0": (lambda c: {"eps": 1e-60}, "eps is 1e-60; it must be a positive number"),
+    "an eps infinite in float32": (lambda c: {"eps": 1e39}, r"eps is 1e\+39; it must be a positive number"),
     "NaN eps": (lambda c: {"eps": float("nan")}, "eps is nan"),
     "relu": (lambda c: {"activation": "relu"}, "activation is 'relu'"),
     "pairs": (lambda c: {"pairing": "pairs"}, "pairing is 'pairs'; it must be one of"),
@@ -297,6 +320,13 @@ BAD: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     ),
     "q of two dimensions": (replaced("q_weight", lambda t: t.flatten(1)), r"q_weight is of shape \[4, 4096\]"),
     "v of other heads": (replaced("v_weight", lambda t: t.reshape(8, 16, 128)), r"v_weight is of shape \[8, 16, 128\]"),
+    "negated k_cache": (lambda c: {"k_cache": negated(c.k)}, "k_cache is a negated view"),
+    "negated v_cache": (lambda c: {"v_cache": negated(c.v)}, "v_cache is a negated view"),
+    "qkv of other elements": (replaced("qkv_weight", lambda t: t.clone()), "q_weight is no view of qkv_weight"),
+    "qkv_bias short": (replaced("qkv_bias", lambda t: t[:-1]), r"qkv_bias is of shape \[383\]; it must be .*\[384\]"),
+    "q_bias alone": (replaced("qkv_bias", lambda t: None), "layer_weights has q_bias and no qkv_bias"),
+    "no k_bias": (replaced("k_bias", lambda t: None), "layer_weights has qkv_bias and no k_bias"),
+    "v_bias flat": (replaced("v_bias", lambda t: t.flatten()), "v_bias is no view of qkv_bias"),
     "no activation": (lambda c: {"activation": ""}, "activation is ''; it must be one of"),
     "activation 3": (lambda c: {"activation": 3}, "activation is 3; it must be one of"),
     "activations": (lambda c: {"activation": ["gelu"]}, r"activation is \['gelu'\]; it must be one of"),
@@ -324,6 +354,20 @@ REQUIRED = (
 BAD |= {
     f"no {name}": (replaced(name, lambda t: None), f"^{name} is a NoneType; it must be a tensor") for name in REQUIRED
 }
+
+PARTS = [f"{which}_{kind}" for kind in ("weight", "bias") for which in "qkv"]
+BAD |= {
+    f"another {name}": (replaced(name, lambda t: t * 3), f"^{name} is no view of qkv_{name[2:]}; .* alone is read")
+    for name in PARTS
+}
+BAD |= {
+    f"{name} of the next head": (replaced(name, lambda t: t.roll(1, 0)), f"^{name} is no view of qkv_{name[2:]}")
+    for name in PARTS
+}
+BAD["q for k"] = (
+    lambda c: {"layer_weights": dataclasses.replace(c.weights, k_weight=c.weights.q_weight)},
+    "^k_weight is no",
+)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -420,6 +464,29 @@ def test_parameters_record_no_gradient() -> None:
 
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         assert not any(result.requires_grad for result in run(case.x))
+
+
+def test_parts_of_a_fused_layer_may_be_cut_anew() -> None:
+    expected, case = Case().call(), Case()
+    parts = case.weights.qkv_weight.view(case.config.num_heads, 3, -1, case.config.hidden_size)
+    cut = dict(zip(PARTS, parts.unbind(1), strict=False))
+    got = case.call(layer_weights=dataclasses.replace(case.weights, **cut))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_fused_layer_can_be_traced_without_addresses() -> None:
+    case = Case()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fields = {f.name: getattr(case.weights, f.name) for f in dataclasses.fields(LayerWeights)}
+        layer = LayerWeights(**{n: t if t is None else mode.from_tensor(t) for n, t in fields.items()})
+        tensors = {n: mode.from_tensor(t) for n, t in case.arguments().items() if isinstance(t, Tensor)}
+        out, k_new, _ = case.call(**tensors, layer_weights=layer)
+    assert out.shape == case.x.shape and k_new.shape == (case.config.num_heads, case.config.head_dim)
+
+
+def test_the_least_and_the_largest_eps() -> None:
+    for eps in (2.0**-149, torch.finfo(torch.float32).max):
+        assert Case().call(eps=eps)[0].isfinite().all()
 
 
 def test_inference_caches_outside_inference_mode_are_refused_before_they_change() -> None:

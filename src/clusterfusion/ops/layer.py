@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import Activation
-from clusterfusion.arguments import index_of, require_dense, shown
+from clusterfusion.arguments import index_of, require, require_dense, require_not_negated, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_checks import (
     CACHE_SHAPES,
@@ -15,6 +15,7 @@ from clusterfusion.ops.layer_checks import (
     Pairing,
     check_heads,
     check_qkv,
+    check_views,
     checked_options,
     layer_tensors,
 )
@@ -43,17 +44,19 @@ def decoder_layer(
     parallel_residual=False the sequential form; or through a LLaMA layer (Touvron et al. 2023). Which norm, whether the MLP is
     gated and how many K/V heads there are, layer_weights says. Returns (x', k_new, v_new).
 
-    x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32; in memory apart from
-    the caches. x' has its shape and dtype.
+    x: the residual stream, [hidden], [1, hidden] or [1, 1, hidden]; float16, bfloat16 or float32. x' has its shape
+    and dtype.
     Sums are float32. The MLP's hidden vector and the new keys and values are rounded to the weights' dtype, float16 or
     bfloat16: on a GPU nothing else is; on the CPU the reference rounds every operand of a matrix product to it, the normed
     x, the queries and attention's output too.
     layer_weights: matrices output-major, q, k, v fused head by head or three tensors; `clusterfusion.gpt_neox_layer` and
     `clusterfusion.llama_layer` make one of tensors, `Engine.weights.layers` holds a model's. Without norm biases the norm is
-    RMSNorm; with gate_weight the MLP is activation(gate) * up. Read where they lie.
+    RMSNorm; with gate_weight the MLP is activation(gate) * up. Read where they lie; of a fused layer only qkv_weight and
+    qkv_bias are, of which q, k and v must be the views.
     k_cache, v_cache: keys (rotated) and values of the tokens so far, of the weights' dtype: [kv_heads, max_len, head_dim] or
     [max_len, kv_heads * head_dim], of any strides that are multiples of 16 bytes. Rows below `position` are read; the new
-    token's are written at row `position` and returned as k_new, v_new [kv_heads, head_dim].
+    token's are written at row `position` and returned as k_new, v_new [kv_heads, head_dim]. Everything else must lie in memory
+    apart from the caches.
     position: how many tokens are cached, 0 to max_len - 1: an int, or an int32 tensor of one element on x's device, which
     one captured CUDA graph then reads anew at each replay. On a GPU only the launch looks at a tensor's value: one out of
     range leaves all three results NaN and the cache untouched, and the next call on the device that comes after that
@@ -69,6 +72,7 @@ def decoder_layer(
     On CUDA tensors it runs on PyTorch's current stream; on CPU tensors the reference runs (position is read then).
     Beside the results a call takes `BlockPlan.scratch_bytes` of device memory until it has run. Raises ArgumentError
     naming the argument, UnsupportedModelError for shapes that the kernels do not run, DeviceError and CompileError.
+    Inference only: no gradient is recorded.
     """
     tensors = {"x": x, "k_cache": k_cache, "v_cache": v_cache, "cos": cos, "sin": sin}
     if isinstance(position, Tensor):
@@ -78,11 +82,16 @@ def decoder_layer(
     weights = layer_tensors(layer_weights)
     where = "qkv_weight" if "qkv_weight" in weights else "q_weight"
     device = weights[where].device
+    require(where, f"on {device}", device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
     for name, tensor in (tensors | weights).items():
         # Among them one on "meta" would make the operator infer shapes and compute nothing.
         if tensor.device != device:
             raise ArgumentError(f"{name} is on {tensor.device}; it must be on {device}, as {where} is")
+    if not torch.compiler.is_compiling():
+        require_not_negated("k_cache", k_cache)  # of one PyTorch would hand the operator a copy
+        require_not_negated("v_cache", v_cache)
     check_heads(weights)
+    check_views(weights)
     w, head_dim = layer_weights, layer_weights.q_weight.shape[1]
     llama = w.input_norm_bias is None
     if activation is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import Activation, DecoderConfig, RotaryConfig
-from clusterfusion.arguments import as_float, as_int, require, require_dense, shown
+from clusterfusion.arguments import as_float, as_int, require, require_dense, require_not_negated, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_launch import RotaryTables
 from clusterfusion.weights import LayerWeights
@@ -19,20 +19,24 @@ Pairing = Literal["halves", "neighbours"]
 
 FORMS, PAIRINGS = get_args(Form), get_args(Pairing)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16)
+WITH_ADDRESS = (Tensor, torch.nn.Parameter)  # subclasses, FakeTensor among them, need not have one
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = get_args(Activation)
 MAY_BE_NONE = ("qkv_bias", "q_bias", "k_bias", "v_bias", "o_bias", "gate_weight", "gate_bias", "up_bias", "down_bias")
+EPS_NEEDED = "a positive number, neither 0 nor infinite in float32"
+LEAST_EPS, LARGEST_EPS = 2.0**-149, torch.finfo(torch.float32).max
 CACHE_SHAPES = "[kv_heads, max_len, head_dim] or [max_len, kv_heads * head_dim]"
 
 
 def require_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ArgumentError unless `tensor` is a dense tensor of that shape and dtype, there."""
+    """Raise ArgumentError unless `tensor` is a dense tensor of that shape and dtype, there. Not for torch.compile to follow."""
     require_dense(name, tensor, f"a tensor of shape {list(shape)}")
     assert isinstance(tensor, Tensor)
     require(name, f"of shape {list(tensor.shape)}", tuple(tensor.shape) == shape, f"of shape {list(shape)}")
     require(name, tensor.dtype, tensor.dtype == dtype, str(dtype))
     require(name, f"on {tensor.device}", tensor.device == device, f"on {device}")
     require(name, f"of strides {tensor.stride()}", tensor.is_contiguous(), "contiguous")
+    require_not_negated(name, tensor)
 
 
 def layer_tensors(weights: object) -> dict[str, Tensor]:
@@ -81,12 +85,53 @@ def check_heads(tensors: dict[str, Tensor]) -> None:
         return
     shape = list(tensors["qkv_weight"].shape)
     require("qkv_weight", f"of shape {shape}", len(shape) == 2 and shape[0] == 3 * shape[1], "[3 * hidden, hidden]")
+    require_weight_dtype("qkv_weight", tensors["qkv_weight"])
     hidden, q_shape = shape[1], list(tensors["q_weight"].shape)
     for name in ("q_weight", "k_weight", "v_weight"):
         shape = list(tensors[name].shape)
         fits = len(shape) == 3 and shape[0] * shape[1] == hidden == shape[2] and shape == q_shape
         needed = f"[heads, head_dim, {hidden}] with heads * head_dim = {hidden}, a view of qkv_weight"
         require(name, f"of shape {shape}", fits, needed)
+
+
+def check_views(tensors: dict[str, Tensor]) -> None:
+    """Of `layer_tensors`, whose shapes check_heads has seen: that q, k and v of a fused layer, which nothing reads, are the
+    views that gpt_neox_layer cuts. Of tensors without an address, only that they could be."""
+    if "qkv_weight" not in tensors:
+        return
+    shape = tensors["q_weight"].shape
+    _check_cut("qkv_weight", ("q_weight", "k_weight", "v_weight"), tensors, shape)
+    if "qkv_bias" in tensors:
+        size, rows = list(tensors["qkv_bias"].shape), 3 * shape[2]
+        require("qkv_bias", f"of shape {size}", size == [rows], f"of shape [{rows}]")
+    _check_cut("qkv_bias", ("q_bias", "k_bias", "v_bias"), tensors, shape[:2])
+
+
+def _check_cut(fused: str, parts: tuple[str, ...], tensors: dict[str, Tensor], shape: torch.Size) -> None:
+    """That each of `parts` is of that shape, and lies in `fused` as one of three in every head."""
+    whole = tensors.get(fused)
+    address: int | None = None
+    if whole is not None and not torch.compiler.is_compiling() and type(whole) in WITH_ADDRESS:
+        address, inner = whole.data_ptr(), whole.stride()
+        apart = shape[1] * inner[0]
+        size = apart * whole.element_size()
+    for i, name in enumerate(parts):
+        part = tensors.get(name)
+        if part is None or whole is None:
+            if part is whole:
+                continue
+            has, lacks = (fused, name) if part is None else (name, fused)
+            raise ArgumentError(f"layer_weights has {has} and no {lacks}; it must have both or none")
+        fits = part.dtype == whole.dtype and part.shape == shape
+        if fits and address is not None and type(part) in WITH_ADDRESS:
+            found = part.stride()
+            fits = found[1:] == inner and (found[0] == 3 * apart or shape[0] == 1)
+            fits = fits and part.data_ptr() == address + i * size
+        if not fits:
+            raise ArgumentError(
+                f"{name} is no view of {fused}; it must be the one that clusterfusion.gpt_neox_layer cuts: {fused} alone is "
+                "read"
+            )
 
 
 def checked_options(
@@ -102,8 +147,8 @@ def checked_options(
     even = f"an even int from 0 to {head_dim}, the size of a head"
     dim = as_int("rotary_dim", rotary_dim, 0, head_dim, even)
     require("rotary_dim", dim, dim % 2 == 0, even)
-    epsilon = as_float("eps", eps, "a positive number")
-    require("eps", epsilon, epsilon > 0, "a positive number")
+    epsilon = as_float("eps", eps, EPS_NEEDED)
+    require("eps", epsilon, LEAST_EPS <= epsilon <= LARGEST_EPS, EPS_NEEDED)
     choices = (("activation", activation, ACTIVATIONS), ("form", form, FORMS), ("pairing", pairing, PAIRINGS))
     for name, value, known in choices:
         if not (isinstance(value, str) and value in known):
@@ -113,9 +158,13 @@ def checked_options(
     return dim, epsilon
 
 
+def require_weight_dtype(name: str, weight: Tensor) -> None:
+    require(name, weight.dtype, weight.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
+
+
 def check_qkv(weight: Tensor, bias: Tensor | None) -> None:
     """The fused projection, which gpt_neox_layer has cut into heads."""
-    require("qkv_weight", weight.dtype, weight.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
+    require_weight_dtype("qkv_weight", weight)
     require("qkv_weight", f"on {weight.device}", weight.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
     require_tensor("qkv_weight", weight, (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
     if bias is not None:
@@ -125,7 +174,7 @@ def check_qkv(weight: Tensor, bias: Tensor | None) -> None:
 def check_separate(weights: LayerWeights) -> None:
     """q, k and v as three matrices, whose shapes check_heads has seen."""
     q = weights.q_weight
-    require("q_weight", q.dtype, q.dtype in WEIGHT_DTYPES, "torch.float16 or torch.bfloat16")
+    require_weight_dtype("q_weight", q)
     require("q_weight", f"on {q.device}", q.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
     for which in "qkv":
         weight, bias = getattr(weights, f"{which}_weight"), getattr(weights, f"{which}_bias")
@@ -222,8 +271,8 @@ def check_apart(name: str, x: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _steps(cache: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Stride and size of heads and tokens, the smaller stride first."""
-    small, large = sorted((cache.stride(i), cache.shape[i]) for i in range(2))
+    """Stride and size of heads and tokens, the smaller stride first. One of size 1 is never stepped over: its stride is 0."""
+    small, large = sorted((cache.stride(i) if cache.shape[i] > 1 else 0, cache.shape[i]) for i in range(2))
     return small, large
 
 
@@ -239,11 +288,16 @@ def _share_elements(k: Tensor, v: Tensor) -> bool:
     """Of two caches of the same layout that do not overlap themselves."""
     (small, count), (large, number) = _steps(k)
     distance = abs(v.data_ptr() - k.data_ptr()) // k.element_size()
-    for i in (distance // max(large, 1), distance // max(large, 1) + 1):
+
+    def nearest(length: int, step: int, steps: int) -> list[int]:
+        """How many steps, fewer than `steps`, end just before and just behind that length."""
+        before = length // step if step else 0
+        return [i for i in (before, before + 1) if abs(i) < steps]
+
+    for i in nearest(distance, large, number):
         rest = distance - i * large
-        for j in (rest // max(small, 1), rest // max(small, 1) + 1):
-            if i < number and abs(j) < count and abs(rest - j * small) < k.shape[2]:
-                return True
+        if any(abs(rest - j * small) < k.shape[2] for j in nearest(rest, small, count)):
+            return True
     return False
 
 

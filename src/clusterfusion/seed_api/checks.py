@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.arguments import index_of, require, require_dense, shown
+from clusterfusion.arguments import index_of, require, require_dense, require_not_negated, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_checks import require_tensor
@@ -60,6 +60,7 @@ def device_of(name: str, tensor: object) -> torch.device:
     require_dense(name, tensor, "a CPU or CUDA tensor")
     assert isinstance(tensor, Tensor)
     require(name, f"on {tensor.device}", tensor.device.type in ("cpu", "cuda"), "a CPU or CUDA tensor")
+    require_not_negated(name, tensor)
     return tensor.device
 
 
@@ -67,16 +68,19 @@ def check(shape: Shape, device: torch.device, **tensors: object) -> None:
     for name, tensor in tensors.items():
         size = shape.sizes[name]
         dtype = torch.float32 if name in ("cos", "sin") else torch.float16
-        if len(size) == 1 and isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[0] == 1:
-            size = (1, *size)
+        # A nested tensor may not have a shape.
+        if len(size) == 1 and isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() == 2:
+            size = (1, *size) if tensor.shape[0] == 1 else size
         # Most calls pass: the messages, which cost more than the check, are made for those that do not.
         if not (
             isinstance(tensor, Tensor)
+            and not tensor.is_nested
             and tensor.shape == size
             and tensor.dtype == dtype
             and tensor.device == device
             and tensor.layout == torch.strided
             and tensor.is_contiguous()
+            and not tensor.is_neg()
         ):
             require_tensor(name, tensor, size, dtype, device)
         elif "weight" in name or "bias" in name:
@@ -107,6 +111,7 @@ def check_caches(shape: Shape, device: torch.device, k_cache: object, v_cache: o
             f"of dense rows, whole multiples of {ALIGNMENT} bytes apart",
         )
         _check_aligned(name, cache)
+        require_not_negated(name, cache)
     assert isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)
     seen, needed = ((list(t.shape), t.stride()) for t in (v_cache, k_cache))
     require("v_cache", "of shape {} and strides {}".format(*seen), seen == needed, f"laid out as k_cache is: {needed}")
@@ -116,10 +121,11 @@ def checked_position(current_seq_len: object, max_len: int, device: torch.device
     """An int in range, or an int32 tensor on a GPU, whose value is not looked at."""
     value, needed = current_seq_len, f"an int from 0 to {max_len - 1}, or an int32 tensor of one element on {device}"
     if isinstance(value, Tensor):
+        require_dense("current_seq_len", value)
         seen = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
         ok = value.numel() == 1 and value.dtype == torch.int32 and value.device == device
         require("current_seq_len", seen, ok, needed)
-        require_dense("current_seq_len", value)
+        require_not_negated("current_seq_len", value)
         if device.type == "cuda":
             return value
         value = value.item()

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from clusterfusion.arguments import as_int, index_of, require, shown
+from clusterfusion.arguments import as_int, index_of, require, require_not_negated, shown
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.layer_checks import check_apart, check_writable
 from clusterfusion.ops.layer_launch import (
@@ -238,7 +238,9 @@ def _check_same_memory(name: str, given: object, own: Tensor) -> None:
     needed = "the tensor that the context was created with"
     if not isinstance(given, Tensor):
         raise ArgumentError(f"{name} is a {type(given).__name__}; it must be {needed}")
-    require(name, f"of layout {given.layout}", given.layout == torch.strided, needed)
+    layout = "nested" if given.is_nested else given.layout
+    require(name, f"of layout {layout}", layout == torch.strided, needed)
+    require_not_negated(name, given)
     seen, expected = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (given, own))
     if seen != expected:
         raise ArgumentError(
