@@ -37,12 +37,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     tiles = knobs.get("tiles", plan.stage_tiles)
     stage = plan.tile_bytes * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
-    cache_stages = knobs.get("deep", plan.cache_stages // plan.vector_warps) * vectors
-    tokens = sizes.cache_tile_tokens(c, knobs.get("cache", plan.cache_stages * plan.cache_stage_bytes) // cache_stages)
-    cache_stage = sizes.round_up(sizes.cache_tile_bytes(c, tokens), 128)
-    fixed = sizes.fixed_shared_bytes(
-        c, ctas, plan.queries, plan.tile_bytes, warps, vectors, tokens, cache_stages, cache_stage
-    )
+    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, plan.tile_bytes, warps, plan.tile_tokens)
     stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     teams = warps // tiles
@@ -54,8 +49,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=plan.tile_bytes, stage_tiles=tiles,
-        window_stages=min(window, stages), tile_tokens=tokens, cache_stages=cache_stages, cache_stage_bytes=cache_stage,
-        shared_bytes=fixed + stages * stage_room,
+        window_stages=min(window, stages), shared_bytes=fixed + stages * stage_room,
     )  # fmt: skip
     block.check_plan(made)
     return made

@@ -11,7 +11,7 @@ from bench.trace_records import START, STEP, check_nested, make_record, small_pl
 from clusterfusion.bench.trace.chrome import chrome_trace, file_content, spread
 from clusterfusion.bench.trace.timeline import read_record
 from clusterfusion.errors import ArgumentError
-from clusterfusion.plan.block import MATRICES, Order
+from clusterfusion.plan.block import Order
 from clusterfusion.plan.trace import Role
 
 
@@ -27,10 +27,11 @@ def test_the_file_opens_in_perfetto(order: Order, asked_us: float, waited_us: fl
     names = {(e["pid"], e["tid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
     assert names == {(pid, cta, f"CTA {cta}") for pid in (1, 2) for cta in range(4)}
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["vectors", "tiles"]
-    # Nine phases of the vectors, and the middle residual, and seven of the tiles; after the layers two and two.
-    of_vectors = 10 + (order == "sequential")
+    # Nine phases of the vectors, and the middle residual; nine of the tiles, and another part of down; after the layers two and
+    # two.
+    of_vectors, of_tiles = 10 + (order == "sequential"), 10 + (order == "up_first")
     assert check_nested(events) == {(1, cta): 3 * of_vectors + 3 for cta in range(4)} | {
-        (2, cta): 3 * 8 + 3 for cta in range(4)
+        (2, cta): 3 * of_tiles + 3 for cta in range(4)
     }
     wait, *_ = (e for e in events if (e["name"], e["tid"]) == ("wait: q/k/v", 3))  # of layer 0
     assert (wait["ts"], wait["dur"]) == (pytest.approx(0.05 + START / 1000 + asked_us), waited_us)
@@ -39,11 +40,16 @@ def test_the_file_opens_in_perfetto(order: Order, asked_us: float, waited_us: fl
     streams = [
         e["name"] for e in sorted(tiles, key=lambda e: e.get("ts", 0)) if e["ph"] == "X" and e["cat"] == "stream"
     ]
-    assert streams == [*MATRICES[order] * 3, "lm_head"]
+    each = {"up_first": "up qkv down kv down o", "qkv_first": "qkv up kv down o", "sequential": "qkv kv o up down"}[
+        order
+    ]
+    assert streams == [*each.split() * 3, "lm_head"]
     waits = [e["name"] for e in sorted(tiles, key=lambda e: e.get("ts", 0)) if e["ph"] == "X" and e["cat"] == "wait"]
-    of_layer = ["wait: residual", "wait: hidden", "wait: attention"]
-    if order == "sequential":
-        of_layer[1:] = reversed(of_layer[1:])
+    of_layer = {
+        "up_first": ["wait: residual", "wait: hidden", "wait: q/k/v", "wait: attention"],
+        "qkv_first": ["wait: residual", "wait: q/k/v", "wait: hidden", "wait: attention"],
+        "sequential": ["wait: residual", "wait: q/k/v", "wait: attention", "wait: hidden"],
+    }[order]
     assert waits == [*of_layer * 3, "wait: residual"]
     layers = [e for e in tiles if e["ph"] == "X" and e["cat"] == "layer"]
     assert [(e["name"], e["args"]["data_waited_us"]) for e in layers] == [

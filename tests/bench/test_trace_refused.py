@@ -73,7 +73,7 @@ def test_a_record_of_another_size_or_type_is_refused() -> None:
     plan = small_plan()
     words = make_record(plan)
     for bad in (words[:-1], words.astype(np.float64), words.reshape(1, -1), []):
-        with pytest.raises(ArgumentError, match=r"the record of a step on 4 CTAs with 3 layers is int64 \[448\]"):
+        with pytest.raises(ArgumentError, match=r"the record of a step on 4 CTAs with 3 layers is int64 \[496\]"):
             read_record(bad, plan)
 
 

@@ -39,15 +39,17 @@ VECTORS: dict[Order, dict[str, int]] = {
 TILES: dict[Order, dict[str, int]] = {
     "up_first": {
         "project_wait": 10, "project_begin": 150, "up_done": 180, "qkv_done": 200, "down_tiles_wait": 0,
-        "down_tiles_begin": 20, "down_tiles_done": 100, "o_wait": 0, "o_begin": 260, "o_done": 80,
+        "down_tiles_begin": 20, "cached_wait": 35, "cached_begin": 15, "cached_done": 25, "down_tiles_done": 40, "o_wait": 0,
+        "o_begin": 245, "o_done": 80,
     },
     "qkv_first": {
-        "project_wait": 10, "project_begin": 150, "qkv_done": 200, "up_done": 180, "down_tiles_wait": 0,
-        "down_tiles_begin": 260, "down_tiles_done": 100, "o_wait": 0, "o_begin": 20, "o_done": 80,
+        "project_wait": 10, "project_begin": 150, "qkv_done": 200, "up_done": 180, "cached_wait": 0, "cached_begin": 15,
+        "cached_done": 10, "down_tiles_wait": 0, "down_tiles_begin": 245, "down_tiles_done": 90, "o_wait": 0, "o_begin": 20,
+        "o_done": 80,
     },
     "sequential": {
-        "project_wait": 10, "project_begin": 150, "qkv_done": 200, "o_wait": 0, "o_begin": 260, "o_done": 80, "up_done": 180,
-        "down_tiles_wait": 0, "down_tiles_begin": 20, "down_tiles_done": 100,
+        "project_wait": 10, "project_begin": 150, "qkv_done": 200, "cached_wait": 0, "cached_begin": 15, "cached_done": 10, "o_wait": 0,
+        "o_begin": 245, "o_done": 70, "up_done": 180, "down_tiles_wait": 0, "down_tiles_begin": 20, "down_tiles_done": 100,
     },
 }  # fmt: skip
 LAYER = 1000  # ns, of both

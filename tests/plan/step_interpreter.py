@@ -184,6 +184,8 @@ class Cta:
         self.loaded: dict[str, Array] = {}
         self.own = np.empty(0)  # the CTA's rows of x, then of middle
         self.partial = self.qkv = np.empty(0)
+        self.down_shape: tuple[int, ...] = ()
+        self.new: tuple[Array, Array, Array] = (np.empty(0),) * 3  # the new token's queries, key and value
 
     def met(self, wait: Action) -> bool:
         """By parity, an await of round n passes when n is the last complete round, or n - 2, and so on."""
@@ -237,6 +239,12 @@ class Cta:
             self.put("x1", name, layer, self.loaded["partials"])
         elif name == "hidden":
             self.put("x2", name, layer, self.loaded["h"])
+        elif name == "queries":
+            queries, key, value = self.rotated()
+            self.put("queries", name, layer, queries)
+            self.new = queries, key, value
+            if self.split == 0:
+                self.s.new_keys[layer, self.kv_head], self.s.new_values[layer, self.kv_head] = key, value
         elif name == "middle_normed":
             weights = self.s.weights.layers[layer]
             normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
@@ -255,7 +263,7 @@ class Cta:
 
     def read(self, action: Action) -> None:
         if action.name == "kv":
-            self.partial = self.attend(action)
+            self.put("slots", "kv", action.layer, self.attend(action))
             return
         s, layer, rows = self.s, action.layer, action.rows
         parts = step.row_parts(self.plan, action.name)
@@ -284,7 +292,13 @@ class Cta:
         else:
             assert action.name == "down"
             x = self.find("x2", "hidden", layer)
-            self.put("down_sums", "down", layer, kernel.gemv(s.rows(weights.down_weight, rows), x, parts))
+            sums = kernel.gemv(s.rows(weights.down_weight, rows), x, parts)
+            if (
+                rows.start > self.plan.rows(self.config.hidden_size, self.cta).start
+            ):  # the first rows' are there already
+                sums = np.concatenate((np.broadcast_to(self.find("down_sums", "down", layer), self.down_shape), sums))
+            self.down_shape = sums.shape
+            self.put("down_sums", "down", layer, sums)
 
     def finish(self, action: Action) -> None:
         """The CTA's rows of h, of the sums of its gates and of up."""
@@ -327,23 +341,31 @@ class Cta:
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])
 
     def attend(self, action: Action) -> Array:
-        """This CTA's partials of its bundle's heads [queries, head_dim + 2]: Attention::attend up to the exchange."""
+        """The slots that the tile warps fill with cached tokens, [slots, queries, head_dim + 2]: TileWarps::cached."""
         s, plan, layer = self.s, self.plan, action.layer
-        queries, key, value = self.rotated()
+        shape = plan.queries, self.config.head_dim
+        queries = np.broadcast_to(self.find("queries", "queries", layer), shape)
         slots: dict[int, kernel.AttentionWarp | kernel.GroupedAttentionWarp] = {}
         for number, tile in enumerate(action.rows):
             tokens = slice(tile * plan.tile_tokens, min((tile + 1) * plan.tile_tokens, s.position))
-            slot = number % plan.vector_warps
+            slot = number % plan.warps
             if slot not in slots:
                 one = plan.queries == 1
                 slots[slot] = kernel.AttentionWarp(queries[0]) if one else kernel.GroupedAttentionWarp(queries)
             slots[slot].add_tile(s.keys[layer, self.kv_head, tokens], s.values[layer, self.kv_head, tokens])
-        partials = [slots[slot].partials() for slot in sorted(slots)]  # of every slot [queries, head_dim + 2]
+        partials = [slots[slot].partials() for slot in sorted(slots)]
+        return np.array(partials, s.dtype).reshape(-1, plan.queries, self.config.head_dim + 2)
+
+    def merged_slots(self, layer: int) -> Array:
+        """This CTA's partials of its bundle's heads [queries, head_dim + 2]: Attention::attend up to the exchange."""
+        each = self.find("slots", "kv", layer)
+        if each.ndim == 1:  # something else is there
+            each = np.broadcast_to(each, (1, self.plan.queries, self.config.head_dim + 2))
         if self.split == 0:
-            s.new_keys[layer, self.kv_head], s.new_values[layer, self.kv_head] = key, value
-            partials.append(np.stack([self.new_token(query, key, value) for query in queries]))
-        each = np.array(partials, s.dtype).reshape(-1, plan.queries, self.config.head_dim + 2)
-        return np.stack([kernel.merge(each[:, q]) for q in range(plan.queries)])
+            queries, key, value = self.new
+            newest = np.stack([self.new_token(query, key, value) for query in queries])
+            each = np.concatenate((each, newest[None]))
+        return np.stack([kernel.merge(each[:, q]) for q in range(self.plan.queries)])
 
     def rotated(self) -> tuple[Array, Array, Array]:
         """The bundle's queries [queries, head_dim], its k and v: rotated, q scaled, k and v as the cache holds them."""
@@ -375,6 +397,9 @@ class Cta:
 
     def arrive(self, action: Action) -> None:
         s, layer = self.s, action.layer
+        merges = "exchange" if self.plan.merged_ctas > 1 else "attention"
+        if action.name == merges:
+            self.partial = self.merged_slots(layer)
         if action.name == "exchange":
             s.memory.write(f"inbox {self.cluster}", self.rank, layer, self.partial)
         if action.name == "attention":

@@ -246,7 +246,7 @@ CASES = {
     "biases": Case({"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}),
     "llama3 rotary, tied": Case({"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "head_dim 80": Case(heads(4, 1, 80, num_hidden_layers=3)),
-    "head_dim 128, many tokens": Case(heads(4, 2, 128, hidden=64), position=101, ctas=8, plan={"tile_tokens": 4}),
+    "head_dim 128, many tokens": Case(heads(4, 2, 128, hidden=64), position=101, ctas=8),
     "rows of down and of o in parts": Case(heads(8, 2, 64, hidden=32, intermediate_size=1040), ctas=12),
     "a row or two a CTA": Case({"num_hidden_layers": 3}, ctas=40, position=101),
     "one CTA a bundle": Case(ctas=2, position=101),

@@ -69,7 +69,10 @@ CASES = {
     "a row or two a CTA": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
     "a row or two a CTA, parallel": Case({"num_hidden_layers": 3}, ctas=40, position=101),
     "several tiles a warp": Case(
-        {"hidden_size": 128}, ctas=8, position=101, plan={"tile_tokens": 8, "vector_warps": 2, "cache_stages": 4}
+        {"hidden_size": 128},
+        ctas=8,
+        position=101,
+        plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "stage_tiles": 1},
     ),
     "nothing cached": Case(position=0),
     "one token cached": Case(position=1),
@@ -169,7 +172,7 @@ def test_a_missing_wait_shows_in_the_results(order: Order) -> None:
     } - {("await", "expanded"), ("await", "projected")}
     if order == "sequential":
         assert {("wait", "middle"), ("await", "middle_normed"), ("await", "down_sums")} <= waits
-    assert len(waits) == (12 if order == "sequential" else 9)
+    assert len(waits) == (14 if order == "sequential" else 11)
     for each in sorted(waits):
 
         def schedule(

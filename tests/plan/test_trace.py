@@ -15,14 +15,14 @@ from clusterfusion.plan.block import MATRICES, Order
 
 
 def test_the_record_has_the_agreed_events_and_size() -> None:
-    assert len(trace.TIMES) == 25
+    assert len(trace.TIMES) == 28
     assert trace.EVENTS[0] == "begin" and trace.EVENTS[13:15] == ("published", "project_wait")
     assert trace.EVENTS[-3:] == ("logits_done", "data_waited", "room_waited")
     plan = plan_block(named_shape("pythia-2.8b"), H200)
-    assert trace.trace_shape(plan) == (132, 33, 27)
-    assert trace.trace_words(plan) == 132 * 33 * 27 + 132 * 4
+    assert trace.trace_shape(plan) == (132, 33, 30)
+    assert trace.trace_words(plan) == 132 * 33 * 30 + 132 * 4
     few = dataclasses.replace(plan, ctas=8)
-    assert trace.trace_words(few) == 8 * 33 * 27 + 8 * 4
+    assert trace.trace_words(few) == 8 * 33 * 30 + 8 * 4
 
 
 def test_the_program_has_the_same_events() -> None:
@@ -41,11 +41,11 @@ VECTORS: dict[Order, str] = {
     "output_wait output_begin output_ready down_wait down_begin down_ready sums_wait published",
 }
 TILES: dict[Order, str] = {
-    "up_first": "project_wait project_begin up_done qkv_done down_tiles_wait down_tiles_begin down_tiles_done "
+    "up_first": "project_wait project_begin up_done qkv_done down_tiles_wait down_tiles_begin "
+    "cached_wait cached_begin cached_done down_tiles_done o_wait o_begin o_done",
+    "qkv_first": "project_wait project_begin qkv_done up_done cached_wait cached_begin cached_done down_tiles_wait down_tiles_begin down_tiles_done "
     "o_wait o_begin o_done",
-    "qkv_first": "project_wait project_begin qkv_done up_done down_tiles_wait down_tiles_begin down_tiles_done "
-    "o_wait o_begin o_done",
-    "sequential": "project_wait project_begin qkv_done o_wait o_begin o_done up_done "
+    "sequential": "project_wait project_begin qkv_done cached_wait cached_begin cached_done o_wait o_begin o_done up_done "
     "down_tiles_wait down_tiles_begin down_tiles_done",
 }
 HEAD = {"vectors": ["begin", "residual_read", "normed"], "tiles": ["project_wait", "project_begin", "logits_done"]}
@@ -97,16 +97,19 @@ def test_every_wait_of_the_vectors_is_a_dependency(order: Order) -> None:
 @pytest.mark.parametrize(
     ("order", "streams"),
     [
-        ("up_first", {"up": "project_begin", "qkv": "up_done", "down": "down_tiles_begin", "o": "o_begin"}),
-        ("qkv_first", {"qkv": "project_begin", "up": "qkv_done", "down": "down_tiles_begin", "o": "o_begin"}),
-        ("sequential", {"qkv": "project_begin", "o": "o_begin", "up": "o_done", "down": "down_tiles_begin"}),
+        (
+            "up_first",
+            "up project_begin, qkv up_done, down down_tiles_begin, kv cached_begin, down cached_done, o o_begin",
+        ),
+        ("qkv_first", "qkv project_begin, up qkv_done, kv cached_begin, down down_tiles_begin, o o_begin"),
+        ("sequential", "qkv project_begin, kv cached_begin, o o_begin, up o_done, down down_tiles_begin"),
     ],
 )
-def test_matrices_stream_in_their_order(order: Order, streams: dict[str, str]) -> None:
-    """Each from when it may begin."""
-    found = {phase.name: phase.begin for phase in trace.phases(order) if phase.kind == "stream"}
-    assert list(found) == [*MATRICES[order], "lm_head"]
-    assert list(found.items()) == [*streams.items(), ("lm_head", "project_begin")]
+def test_matrices_stream_in_their_order(order: Order, streams: str) -> None:
+    """Each from when it may begin, and the cached tokens among them."""
+    found = [(phase.name, phase.begin) for phase in trace.phases(order) if phase.kind == "stream"]
+    assert [name for name in dict.fromkeys(name for name, _ in found) if name != "kv"] == [*MATRICES[order], "lm_head"]
+    assert [" ".join(each) for each in found] == [*streams.split(", "), "lm_head project_begin"]
 
 
 def test_the_middle_is_a_phase_of_the_sequential_residual_alone() -> None:

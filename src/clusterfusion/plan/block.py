@@ -34,6 +34,7 @@ from clusterfusion.plan.sizes import (
     fixed_shared_bytes,
     qkv_rows,
     round_up,
+    tokens_a_pass,
 )
 
 MAX_HEAD_DIM = 256
@@ -51,13 +52,8 @@ SCARCE_VECTOR_WARPS = 4
 QUADS_A_THREAD = 3
 # Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
 MOST_WARPS = 16
-# The vector warps' stages for cached tokens: so much is in flight beside the stream of weights.
-CACHE_BYTES = 32768
-WIDE_HIDDEN_SIZE = 3072  # from here on vectors take the room, and a layer's weights last long enough for half as much
-SCARCE_CACHE_BYTES = 8192
-# Where query heads share cached tokens, so much: a warp's work on a tile is that of all of them, and nothing streams beside it.
-SHARED_CACHE_BYTES = 49152
-SCARCE_SHARED_CACHE_BYTES = 16384
+# From here on a layer's weights last long enough for more bytes in flight.
+WIDE_HIDDEN_SIZE = 3072
 SCARCE_SHARED_BYTES = 128 * 1024
 # Measured on an H200 with the whole step of 2.8B and 6.9B: 50 and 64 KB in flight are best. Messages between CTAs queue behind
 # what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies of 5 KB and less are slow.
@@ -99,9 +95,7 @@ class BlockPlan:
     tile_bytes: int  # what a warp takes at a time
     stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int
-    tile_tokens: int  # cached tokens whose keys and values travel as one tile
-    cache_stages: int  # of the ring of cached tokens
-    cache_stage_bytes: int
+    tile_tokens: int  # cached tokens whose keys and values are one tile
     shared_bytes: int
 
     @property
@@ -178,6 +172,10 @@ class BlockPlan:
         counters."""
         return sum(self.scratch_sizes.values())
 
+    def rows_before_cached(self, rows: range) -> range:
+        """With `up_first`, a CTA's rows of the down projection that come before its cached tokens."""
+        return range(rows.start, rows.start + len(rows) * 2 // 5)
+
     def attends(self, cta: int) -> bool:
         """Whether a CTA takes part of a bundle's cached tokens."""
         return cta < self.bundles * self.splits
@@ -233,7 +231,7 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         raise UnsupportedModelError(obstacle)
     # Every CTA has a row of the residual vector, for which all others wait in every layer: nobody falls behind by two.
     ctas = min(limits.multiprocessors, config.hidden_size) // CLUSTER_SIZE * CLUSTER_SIZE
-    plans = [_plan(config, limits, ctas, queries, cache_bytes) for queries, cache_bytes in _attention(config, limits)]
+    plans = [_plan(config, limits, ctas, queries) for queries in bundle_sizes(config)]
     enough = 2 * TARGET_STAGE_BYTES if limits.shared_bytes_per_block < SCARCE_SHARED_BYTES else _window_bytes(config)
     plans = [plan for plan in plans if plan.bundles <= ctas] or plans[:1]
     deep = [plan for plan in plans if plan.stages * plan.stage_bytes >= enough]
@@ -254,27 +252,17 @@ def _window_bytes(config: DecoderConfig) -> int:
     return WIDE_WINDOW_BYTES if config.hidden_size >= WIDE_HIDDEN_SIZE else WINDOW_BYTES
 
 
-def _attention(config: DecoderConfig, limits: PlanLimits) -> Iterator[tuple[int, int]]:
-    """Query heads of a bundle and bytes for stages of cached tokens, the best first: the others leave the ring more room."""
-    scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
-    for queries in bundle_sizes(config):
-        if queries > 1:
-            most = SCARCE_SHARED_CACHE_BYTES if scarce else SHARED_CACHE_BYTES
-            yield from ((queries, most), (queries, most // 2))
-        else:
-            wide = config.hidden_size >= WIDE_HIDDEN_SIZE
-            yield queries, SCARCE_CACHE_BYTES if scarce else CACHE_BYTES // 2 if wide else CACHE_BYTES
-
-
-def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, cache_bytes: int) -> BlockPlan:
+def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> BlockPlan:
     """The plan with such bundles; without a stage, and what it would take at least, where shared memory does not suffice."""
     bundles = config.num_heads // queries
     splits = max(1, min(ctas // bundles, MOST_SPLITS if queries == 1 else MOST_SHARED_SPLITS))
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    # A row a tile, so that a phase spreads evenly over the warps; as many tiles a copy as make it large.
-    tile_bytes = round_up(row_bytes, TENSOR_COPY_ALIGNMENT)
+    # A row a tile, so that a phase spreads evenly over the warps; as many tiles a copy as make it large. Cached tokens fit too.
+    pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))
+    tile_bytes = round_up(max(row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
+    tile_tokens = cache_tile_tokens(config, tile_bytes)
     stage_tiles = 1
     while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
         stage_tiles *= 2
@@ -285,16 +273,10 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
     vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
     scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
     vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
-    wide = config.hidden_size >= WIDE_HIDDEN_SIZE
     up_bytes = config.intermediate_size * row_bytes // ctas
-    cache_stages = vector_warps if scarce or (wide and queries == 1) else 2 * vector_warps
-    tile_tokens = cache_tile_tokens(config, cache_bytes // cache_stages)
-    cache_stage_bytes = round_up(cache_tile_bytes(config, tile_tokens), TENSOR_COPY_ALIGNMENT)
 
     def fixed(warps: int) -> int:
-        return fixed_shared_bytes(
-            config, ctas, queries, tile_bytes, warps, vector_warps, tile_tokens, cache_stages, cache_stage_bytes
-        )
+        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps, tile_tokens)
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
@@ -322,8 +304,6 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int, ca
         stage_tiles=stage_tiles,
         window_stages=max(1, min(stages, _window_bytes(config) // stage_bytes)),
         tile_tokens=tile_tokens,
-        cache_stages=cache_stages,
-        cache_stage_bytes=cache_stage_bytes,
         shared_bytes=(fixed(warps) + stages * stage_room if stages > 0 else fixed(2) + 2 * stage_room),
     )
 
@@ -341,14 +321,20 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
         if not c.gated_mlp:
             expand += (Step("arrive", "hidden"),)
         project = (Step("read", "qkv", qkv), Step("publish", "qkv", qkv), Step("signal", "projected"))
-        down = (Step("await", "hidden"), Step("read", "down", out))
+        cached: tuple[Step, ...] = ()
+        if plan.attends(cta):
+            cached = (Step("await", "queries"), Step("signal", "slots"))
+        down: tuple[Step, ...] = (Step("await", "hidden"), Step("read", "down", out))
+        if plan.up_first:
+            first = plan.rows_before_cached(out)
+            down = (*down[:1], Step("read", "down", first), *cached, Step("read", "down", range(first.stop, out.stop)))
         output = (Step("await", "attended"), Step("read", "o", out), Step("signal", "output_sums"))
         yield Step("await", "normed")
         if c.parallel_residual:
-            yield from (*expand, *project) if plan.up_first else (*project, *expand)
+            yield from (*expand, *project) if plan.up_first else (*project, *expand, *cached)
             yield from (*down, *output)
         else:
-            yield from (*project, *output, Step("await", "middle_normed"), *expand, *down)
+            yield from (*project, *cached, *output, Step("await", "middle_normed"), *expand, *down)
             yield Step("signal", "down_sums")
         return
     all_hidden = Step("wait", "hidden", target=plan.ctas)
@@ -363,6 +349,8 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     if plan.attends(cta):
         for rows in plan.attended_rows(cta):
             yield Step("wait", "qkv", rows)
+        yield Step("signal", "queries")
+        yield Step("await", "slots")
         if plan.merged_ctas > 1:
             yield Step("arrive", f"exchange of cluster {cta // plan.cluster_size}")
             yield Step("wait", f"exchange of cluster {cta // plan.cluster_size}", target=plan.merged_ctas)
@@ -399,13 +387,7 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
     check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)
     check(plan.stage_tiles == 1 or even_parts(c, plan.tile_bytes), "tiles of a stage are alike", plan.stage_tiles)
-    check(
-        cache_tile_bytes(c, plan.tile_tokens) <= plan.cache_stage_bytes,
-        "a tile of tokens fits a stage",
-        plan.tile_tokens,
-    )
-    check(plan.cache_stages % plan.vector_warps == 0, "a stage of cached tokens belongs to one warp", plan.cache_stages)
-    check(plan.cache_stages > 0 and plan.cache_stage_bytes % 128 == 0, "cached tokens' stages", plan.cache_stage_bytes)
+    check(cache_tile_bytes(c, plan.tile_tokens) <= plan.tile_bytes, "cached tokens fit a tile", plan.tile_tokens)
     check(plan.threads <= 1024, "threads of a CTA", plan.threads)
     check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
     schedules = {(cta, role): list(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}

@@ -8,7 +8,7 @@ ELEMENT_BYTES = 2  # weights and K/V are 16-bit
 VECTOR = 8  # elements in 16 bytes, the unit of bulk copies
 # 132 or 128 CTAs are resident in clusters of 2 on an H200, only 120 in clusters of 4: a tenth of the bandwidth.
 CLUSTER_SIZE = 2
-BARRIER_BYTES = 2 * 8  # of a stage: mbarriers that say that it is full, and empty
+BARRIER_BYTES = 2 * 8  # of a stage of the ring: mbarriers that say that it is full, and empty
 MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
@@ -32,13 +32,18 @@ def bundle_sizes(config: DecoderConfig) -> list[int]:
     return [count for count in range(most, 0, -1) if group % count == 0]
 
 
-def cache_tile_tokens(config: DecoderConfig, stage_bytes: int) -> int:
-    """The most cached tokens whose tile fits `stage_bytes`, in whole passes of a warp; one pass if none does."""
-    together = 32 // (config.head_dim // VECTOR)  # that a warp takes at once
+def tokens_a_pass(config: DecoderConfig) -> int:
+    """Cached tokens that a warp takes at once."""
+    return 32 // (config.head_dim // VECTOR)
+
+
+def cache_tile_tokens(config: DecoderConfig, tile_bytes: int) -> int:
+    """The most cached tokens whose keys and values fit `tile_bytes`, in whole passes of a warp; one pass if none does."""
+    together = tokens_a_pass(config)
     tokens = together
     while (
         tokens + together <= min(MAX_TILE_TOKENS, MAX_TILE_PASSES * together)
-        and cache_tile_bytes(config, tokens + together) <= stage_bytes
+        and cache_tile_bytes(config, tokens + together) <= tile_bytes
     ):
         tokens += together
     return tokens
@@ -58,12 +63,9 @@ def fixed_shared_bytes(
     queries: int,
     tile_bytes: int,
     warps: int,
-    vector_warps: int,
     tile_tokens: int,
-    cache_stages: int,
-    cache_stage_bytes: int,
 ) -> int:
-    """Shared memory beside the ring of weights, in the order of the program's struct, with room for its padding. The
+    """Shared memory beside the ring, in the order of the program's struct, with room for its padding. The
     program asserts at compile time that its struct fits."""
     c = config
     vector = 4 * max(c.hidden_size, c.q_size)
@@ -72,19 +74,19 @@ def fixed_shared_bytes(
     out_rows = -(-c.hidden_size // ctas) + 1
     o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
     scores = 0 if queries == 1 else 4 * tile_tokens * (2 if queries == 2 else round_up(queries, 4))
-    attention = (queries + 2) * 4 * c.head_dim + (vector_warps + 1) * partial + 2 * CLUSTER_SIZE * partial
-    attention += vector_warps * round_up(scores, 16)
+    attention = (queries + 2) * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
+    attention += warps * round_up(scores, 16)
     up_rows = -(-c.intermediate_size // ctas) + 3 + -(-(c.q_size + c.intermediate_size) // c.hidden_size)
     bias_rows = -(-qkv_rows(c) // ctas) + 1 + up_rows + 2 * out_rows
     if c.gated_mlp:
         bias_rows += up_rows + 2 * up_rows  # the gates', and the sums of both
     # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
     rows = 4 * (out_rows * (1 + o_parts + down_parts) + bias_rows) + 16 * warps
-    return vectors + attention + rows + cache_stages * (cache_stage_bytes + BARRIER_BYTES) + 640
+    return vectors + attention + rows + 640
 
 
 def cache_tile_bytes(config: DecoderConfig, tokens: int) -> int:
-    """Of a stage that holds the keys and, behind them, the values of so many tokens of a head."""
+    """Of a tile that holds the keys and, behind them, the values of so many tokens of a head."""
     half = tokens * config.head_dim * ELEMENT_BYTES
     return round_up(half, TENSOR_COPY_ALIGNMENT) + half
 

@@ -3,7 +3,7 @@
 It uses the plan of one decoder layer (plan/block.py) for all of them, its deal of rows to CTAs too: of every matrix, the LM
 head included, and of the residual stream x. A CTA has two roles that go on side by side, each in its own
 order: its tile warps multiply weights, its vector warps make what they are multiplied by. `step_schedule` says what a role
-does and in which order; the tile warps' reads, in the same order, are what the producer copies through the ring.
+does and in which order; the tile warps' reads, weights and cached tokens, in the same order, are what the producer copies through the ring.
 plan/step_check.py proves it sound.
 
 What CTAs tell one another: counters, which only grow (attention, hidden, token; exchange, one a cluster), and vectors whose
@@ -48,7 +48,7 @@ class Action(NamedTuple):
 
 class Stage(NamedTuple):
     """What one stage of the ring holds: `tiles` tiles, the first of which starts with row `first`, or is part `part` of it where
-    a row takes several. Rows count as they are streamed: with a gate, two for a row of up."""
+    a row takes several; of name "kv", cached tokens from tile `first` on. Rows count as they are streamed: with a gate, two for a row of up."""
 
     name: str
     layer: int
@@ -104,7 +104,9 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         for kind in ("wait", "load"):
             for rows in plan.attended_rows(cta):
                 yield Action(kind, "qkv", layer, rows)
-        yield Action("read", "kv", layer, cached_tiles(plan, cta, position))
+        yield Action("place", "queries", layer)
+        yield Action("signal", "queries", layer)
+        yield Action("await", "slots", layer)
         if plan.merged_ctas > 1:
             yield Action("arrive", "exchange", layer)
             yield wait("exchange", plan.merged_ctas)
@@ -144,7 +146,19 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
         Action("publish", "qkv", layer, qkv),
         Action("signal", "projected", layer),
     )
-    down = (Action("await", "hidden", layer), Action("read", "down", layer, out))
+    cached: tuple[Action, ...] = ()
+    if plan.attends(cta):
+        tiles = cached_tiles(plan, cta, position)
+        cached = (
+            Action("await", "queries", layer),
+            Action("read", "kv", layer, tiles),
+            Action("signal", "slots", layer),
+        )
+    down: tuple[Action, ...] = (Action("await", "hidden", layer), Action("read", "down", layer, out))
+    if plan.up_first:
+        first = plan.rows_before_cached(out)
+        rest = Action("read", "down", layer, range(first.stop, out.stop))
+        down = (*down[:1], Action("read", "down", layer, first), *cached, rest)
     output = (
         Action("await", "attended", layer),
         Action("read", "o", layer, out),
@@ -152,10 +166,10 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
     )
     yield Action("await", "normed", layer)
     if c.parallel_residual:
-        yield from (*expand, *project) if plan.up_first else (*project, *expand)
+        yield from (*expand, *project) if plan.up_first else (*project, *expand, *cached)
         yield from (*down, *output)
     else:
-        yield from (*project, *output, Action("await", "middle_normed", layer), *expand, *down)
+        yield from (*project, *cached, *output, Action("await", "middle_normed", layer), *expand, *down)
         yield Action("signal", "down_sums", layer)
 
 
@@ -201,7 +215,13 @@ def row_parts(plan: BlockPlan, name: str) -> tuple[int, ...]:
 
 
 def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
-    """The stages of the ring that a read of weights takes, in order. A read starts with a stage of its own."""
+    """The stages of the ring that a read takes, in order. A read starts with a stage of its own."""
+    if read.name == "kv":
+        tile = 2 * plan.tile_tokens * plan.config.head_dim * ELEMENT_BYTES
+        for at in range(0, len(read.rows), plan.stage_tiles):
+            cached = read.rows[at : at + plan.stage_tiles]
+            yield Stage("kv", read.layer, cached[0], 0, len(cached), len(cached) * tile)
+        return
     parts = row_parts(plan, read.name)
     step = rows_a_tile(plan, read.name)
     streamed = streamed_rows(plan, read.name, read.rows)
@@ -216,15 +236,23 @@ def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
         yield Stage(read.name, read.layer, first, part, len(together), sum(size for _, _, size in together))
 
 
-def producer_order(plan: BlockPlan, cta: int) -> Iterator[Stage]:
-    """The stages that a CTA's producer fills in one step, in order, never more than `plan.stages` ahead of their use.
-    WeightProducer::run of the program: weights alone; the vector warps fetch cached tokens into stages of their own."""
+def producer_order(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Stage]:
+    """The stages that a CTA's producer fills in one step with `position` cached tokens, in order, never more than `plan.stages`
+    ahead of their use: WeightProducer::run of the program."""
     c = plan.config
     rows = {name: plan.rows(qkv_rows(c) if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
     rows["up"] = plan.up_rows(cta)
+    before = {"up_first": "down", "qkv_first": "down", "sequential": "o"}[
+        plan.order
+    ]  # what cached tokens come ahead of
     for layer in range(c.num_layers):
         for name in MATRICES[plan.order]:
-            yield from stages(plan, Action("read", name, layer, rows[name]))
+            ahead = range(rows[name].start, rows[name].start)
+            if name == before:
+                ahead = plan.rows_before_cached(rows[name]) if plan.up_first else ahead
+                yield from stages(plan, Action("read", name, layer, ahead))
+                yield from stages(plan, Action("read", "kv", layer, cached_tiles(plan, cta, position)))
+            yield from stages(plan, Action("read", name, layer, range(ahead.stop, rows[name].stop)))
     yield from stages(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
 
 

@@ -115,7 +115,7 @@ class _Actor:
         self.actions = list(step.step_schedule(plan, cta, role, position))
         self.done = 0
         self.clock = [0] * (len(ROLES) * plan.ctas)
-        self.producer = step.producer_order(plan, cta) if role == "tiles" else iter(())
+        self.producer = step.producer_order(plan, cta, position) if role == "tiles" else iter(())
         self.ring: collections.deque[step.Stage] = collections.deque()
 
     def take(self, read: Action) -> None:
@@ -194,7 +194,7 @@ def run_step(plan: BlockPlan, position: int) -> Run:
                     if seen is None:
                         break
                     actor.clock = _later(actor.clock, seen)
-                elif action.kind == "read" and action.name != "kv":
+                elif action.kind == "read":
                     actor.take(action)
                 event = Event(actor.number, actor.done, actor.clock)
                 if action.kind in ("arrive", "signal", "publish"):
@@ -251,7 +251,10 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
     barriers of its own keep the order, are not here."""
     kind, name, layer = action.kind, action.name, action.layer
     gated, parallel, last = plan.config.gated_mlp, plan.config.parallel_residual, layer == plan.config.num_layers
-    if kind == "place":
+    merges = "exchange" if plan.merged_ctas > 1 else "attention"  # an arrival behind the merge of the CTA's own slots
+    if kind == "place" and name == "queries":
+        yield True, "queries", (name, layer)
+    elif kind == "place":
         yield True, "x1" if name in ("normed", "attended") else "x2", (name, layer)
         if name == "normed" and not last:
             yield True, "biases", ("biases", layer)
@@ -267,6 +270,11 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
         yield True, "up_sums", ("up", layer)
     if kind == "finish":
         yield False, "up_sums", ("up", layer)
+    if kind == "read" and name == "kv":
+        yield False, "queries", ("queries", layer)
+        yield True, "slots", ("kv", layer)
+    if kind == "arrive" and name == merges:
+        yield False, "slots", ("kv", layer)
     if kind == "read" and name in ("o", "down"):
         yield True, f"{name}_sums", (name, layer)
     if kind == "publish" and name in ("x", "middle"):

@@ -49,12 +49,12 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
         for action in [*vectors, *tiles]:
             if action.kind in ("read", "finish", "publish") and action.name != "kv" and action.rows:
                 dealt[action.kind, action.name, action.layer].append(action.rows)
-        taken = [(action.layer, action.rows) for action in vectors if action.name == "kv"]
+        taken = [(action.layer, action.rows) for action in tiles if action.name == "kv"]
         wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if plan.attends(cta)]
         require(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
         require([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
-        weights = [a.name for a in vectors if a.kind == "read" and a.name != "kv"]
-        require(not weights, "only tile warps take from the ring", weights)
+        reads = [a.name for a in vectors if a.kind == "read"]
+        require(not reads, "only tile warps take from the ring", reads)
     require(dealt.keys() == sizes.keys(), "matrices and vectors", dealt.keys() ^ sizes.keys())
     for (kind, name, layer), ranges in dealt.items():
         end = 0

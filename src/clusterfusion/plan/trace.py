@@ -23,10 +23,11 @@ _VECTORS = (
     "down_wait down_begin down_ready sums_wait published"
 ).split()
 _TILES = (
-    "project_wait project_begin qkv_done up_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done "
+    "project_wait project_begin qkv_done up_done cached_wait cached_begin cached_done o_wait o_begin o_done down_tiles_wait down_tiles_begin down_tiles_done "
     "logits_done"
 ).split()
 _HIDDEN = ("down_wait", "down_begin", "down_ready")  # h, of the vectors
+_CACHED = ("cached_wait", "cached_begin", "cached_done")  # the cached tokens, of the tiles
 _OF_MATRIX = {
     "qkv": ("qkv_done",),
     "up": ("up_done",),
@@ -54,8 +55,10 @@ def trace_words(plan: BlockPlan) -> int:
 def passed(role: Role, order: Order) -> tuple[str, ...]:
     """A role's events in the order in which it passes them, with the matrices in that order."""
     if role == "tiles":
-        of_matrices = (event for name in MATRICES[order] for event in _OF_MATRIX[name])
-        return ("project_wait", "project_begin", *of_matrices, "logits_done")
+        of_matrices = [event for name in MATRICES[order] for event in _OF_MATRIX[name]]
+        ahead_of = {"up_first": "down_tiles_done", "qkv_first": "down_tiles_wait", "sequential": "o_wait"}[order]
+        at = of_matrices.index(ahead_of)
+        return ("project_wait", "project_begin", *of_matrices[:at], *_CACHED, *of_matrices[at:], "logits_done")
     events = [event for event in _VECTORS if event not in _HIDDEN]
     before = {"up_first": "attention_wait", "qkv_first": "output_wait", "sequential": "sums_wait"}[order]
     at = events.index(before)
@@ -89,9 +92,15 @@ def phases(order: Order) -> tuple[Phase, ...]:
         Phase("tiles", "wait", "attention", "o_wait", "o_begin"),
         Phase("tiles", "stream", "o", "o_begin", "o_done"),
         Phase("tiles", "wait", "hidden", "down_tiles_wait", "down_tiles_begin"),
-        Phase("tiles", "stream", "down", "down_tiles_begin", "down_tiles_done"),
+        Phase("tiles", "wait", "q/k/v", "cached_wait", "cached_begin"),
+        Phase("tiles", "stream", "kv", "cached_begin", "cached_done"),
         Phase("tiles", "stream", "lm_head", "project_begin", "logits_done"),  # behind the last layer
     ]
+    if order == "up_first":  # down in two parts
+        tiles.append(Phase("tiles", "stream", "down", "down_tiles_begin", "cached_wait"))
+        tiles.append(Phase("tiles", "stream", "down", "cached_done", "down_tiles_done"))
+    else:
+        tiles.append(Phase("tiles", "stream", "down", "down_tiles_begin", "down_tiles_done"))
     vectors = [
         Phase("vectors", "wait", "residual", "begin", "residual_read"),
         Phase("vectors", "work", "norm", "residual_read", "normed"),

@@ -1,5 +1,5 @@
-// The attention phase, on the vector warps: this CTA's part of its bundle of query heads, merged over the cluster, then over the
-// bundle's clusters.
+// The attention phase, on the vector warps: the queries, for the tile warps, which take the cached tokens; what these make of them and
+// the new token, merged over the CTA, over the cluster, then over the bundle's clusters.
 #pragma once
 
 #include "block/residual.cuh"
@@ -10,7 +10,6 @@ template <typename S>
 class Attention : public CtaState<S> {
  protected:
   using Base = CtaState<S>;
-  using typename Base::Cached;
   using typename Base::W;
   using Base::bundle;
   using Base::cached_tiles;
@@ -28,30 +27,18 @@ class Attention : public CtaState<S> {
  public:
   using typename Base::Shared;
 
-  __device__ Attention(const Workspace& workspace, const TensorMap& k_map, const TensorMap& v_map, int position, Shared& shared)
-      : Base(workspace, position, shared, 0), k_map_(k_map), v_map_(v_map),
-        tiles_(shared.cache_stages, shared.cache_barriers, this->warp_, lane_), pair_(shared.pair), gather_(shared.gather) {}
+  __device__ Attention(const Workspace& workspace, int position, Shared& shared)
+      : Base(workspace, position, shared, 0), pair_(shared.pair), gather_(shared.gather) {}
 
-  // Asks for the first cached tokens of a layer: ahead of the dependency on q, k and v.
-  __device__ void fetch_ahead(int layer) { tiles_.begin(cached_tiles(), fetcher(layer)); }
-
-  // Leaves the partials of this CTA's cluster in the workspace. True where somebody has to be told: on rank 0 of a cluster.
-  // heads_read() comes when q, k and v are there.
+  // Leaves the partials of this CTA's cluster in the workspace, of what the tile warps make of its cached tokens. True where
+  // somebody has to be told: on rank 0 of a cluster. heads_read() comes when q, k and v are there.
   template <bool kWhole, typename HeadsRead>
   __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadsRead heads_read) {
     load_heads<kWhole>(cache, layer, epoch);
     heads_read();
+    this->signal(kQueriesReady);
     pair_.block_sync();
-    typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
-    int slot = -1;
-    const bool waits = cached_tiles() > S::kCacheStages;  // for more than what has been asked for ahead
-    if (waits && thread_ == 0) mbarrier_arrive_local(&s_.cache_turns);
-    tiles_.tiles(cached_tiles(), fetcher(layer), [&](int tile, const char* data) {
-      mine.add_tile(data, this->tile_tokens(tile));
-      slot = tile % S::kVectorWarps;
-    });
-    const int used = min(cached_tiles(), S::kVectorWarps);
-    if (slot >= 0) mine.store(s_.slots + slot * kPartialsFloats, kPartial);
+    const int used = min(cached_tiles(), S::kWarps);
     int count = used;
     if (split() == 0) {
       if (this->warp_ == S::kVectorWarps - 1) {
@@ -60,8 +47,8 @@ class Attention : public CtaState<S> {
       }
       count++;
     }
+    this->await(kPartialsReady, layer);
     pair_.block_sync();
-    if (waits && thread_ == 0) mbarrier_arrive_local(&s_.cache_turns);
     SoftmaxScale scale{-kInfinity, 0.0f};
     // Each thread merges one dimension of a head; the scale is the same on all of that head.
     gather_.exchange(pair_, [&](int at) {
@@ -237,17 +224,6 @@ class Attention : public CtaState<S> {
     if (lane_ == 0) partial[S::kHeadDim] = dot, partial[S::kHeadDim + 1] = 1.0f;
   }
 
-  // Whole tiles: of the last one, what lies beyond the position is copied and never looked at.
-  __device__ auto fetcher(int layer) const {
-    return [this, first_head = layer * S::kKvHeads](int tile, char* to, cuda::std::uint64_t* barrier) {
-      const int token = (split() + tile * S::kSplits) * Cached::kTokens;
-      tensor_copy(to, &k_map_, 0, token, first_head + kv_head(), barrier);
-      tensor_copy(to + Cached::kValuesAt, &v_map_, 0, token, first_head + kv_head(), barrier);
-    };
-  }
-
-  const TensorMap &k_map_, &v_map_;
-  OwnTiles<typename Base::CacheStages, 2 * Cached::kHalfBytes> tiles_;
   typename Base::PairTeam pair_;
   typename Base::Gather gather_;
 };

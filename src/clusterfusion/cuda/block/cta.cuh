@@ -19,13 +19,15 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Once a layer, as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the normed input, the
-// attention's output, the normed middle, h. Tile warps signal that they have done with one: that q, k, v are projected, so that
+// attention's output, the normed middle, h; and that the bundle's queries are there for the cached tokens. Tile warps signal what
+// they have made of those, and that they have done with a vector: that q, k, v are projected, so that
 // the attention's output may take x1's place; that up is, so that h may take x2's place and, with a gate, that its sums are there;
 // the sums of the output projection, with
 // parallel residual those of the down projection too, otherwise these for themselves.
-enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kSignals };
+enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kQueriesReady, kPartialsReady, kSignals };
 __host__ __device__ constexpr bool from_tiles(int signal) {
-  return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums;
+  return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums ||
+         signal == kPartialsReady;
 }
 
 // What a CTA keeps in shared memory, and the collectives' types that follow from the shape.
@@ -52,12 +54,11 @@ struct CtaTypes {
 
   struct Shared {
     alignas(128) char stages[S::kStages * S::kStageBytes];
-    alignas(128) char cache_stages[S::kCacheStages * S::kCacheStageBytes];
     alignas(16) char vectors[kVectorsBytes];
-    alignas(16) typename Warp::Scores scores[S::kVectorWarps];
+    alignas(16) typename Warp::Scores scores[S::kWarps];
     alignas(16) float query[S::kQueries * S::kHeadDim];
     float key[S::kHeadDim], value[S::kHeadDim];
-    float slots[(S::kVectorWarps + 1) * kPartialsFloats];  // one a warp, and the new token
+    float slots[(S::kWarps + 1) * kPartialsFloats];  // one a tile warp, and the new token
     float o_sums[kOutRows * Share::OutTiles::kParts];
     float up_sums[S::kGated ? 2 * kUpRows : 1];  // of gates and what they are multiplied with, in turn
     float down_sums[kOutRows * Share::DownTiles::kParts];
@@ -65,9 +66,7 @@ struct CtaTypes {
     float residual[kOutRows];                 // the whole step's: this CTA's rows
     alignas(16) char best[S::kWarps * 16];    // and its warps' likeliest tokens
     typename Share::WeightRing::Barriers ring;
-    typename Share::CacheStages::Barriers cache_barriers;
     cuda::std::uint64_t signals[kSignals];
-    cuda::std::uint64_t cache_turns;  // in odd phases attention waits for cached tokens
     typename Block::Scratch block[2];
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
@@ -94,9 +93,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   // One thread, before the first barrier of the CTA.
   static __device__ void init(Shared& shared) {
     CtaShare<S>::WeightRing::init(shared.ring);
-    CtaShare<S>::CacheStages::init(shared.cache_barriers);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
-    mbarrier_init(&shared.cache_turns, 1);
     shared.warps_done = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);

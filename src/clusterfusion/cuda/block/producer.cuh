@@ -1,33 +1,46 @@
-// The producer lane's walk through a CTA's weights, in the order in which the tile warps take them, as far ahead as the ring
-// holds.
+// The producer lane's walk through a CTA's weights and cached tokens, in the order in which the tile warps take them, as far ahead as
+// the ring holds.
 #pragma once
 
 #include "block/cta.cuh"
 #include "block/trace.cuh"
+#include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
 
 template <typename S, typename Tracer = NoTrace>
 class WeightProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
+  using typename Base::Cached;
   using typename Base::DownTiles;
   using typename Base::HiddenTiles;
   using typename Base::OutTiles;
   using typename Base::WeightRing;
 
  public:
-  __device__ WeightProducer(typename CtaTypes<S>::Shared& shared, Tracer& trace)
-      : Base(0), s_(shared), ring_(shared.stages, shared.ring), trace_(trace) {}
+  __device__ WeightProducer(
+      const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace)
+      : Base(position), k_map_(k_map), v_map_(v_map), ring_(shared.stages, shared.ring), trace_(trace) {}
 
-  // One layer, or a segment of it.
+  // One layer, or a segment of it; `layer` counts those of a launch.
   template <Segment kSegment>
-  __device__ void run(const LayerTensors& w) {
+  __device__ void run(const LayerTensors& w, int layer) {
+    constexpr bool kInsideDown = S::kUpFirst && kSegment == Segment::whole;
     if constexpr (runs<kSegment>(Segment::project)) {
       if constexpr (S::kUpFirst) up(w);
       qkv(w);
       if constexpr (S::kParallel && !S::kUpFirst) up(w);
     }
-    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) rows<DownTiles>(w.down_weight, S::kHidden);
+    if constexpr (runs<kSegment>(Segment::attend) && !kInsideDown) cached(layer);
+    if constexpr (kInsideDown) {
+      const int from = this->rows_from(S::kHidden), to = this->rows_to(S::kHidden);
+      const int middle = from + Base::rows_before_cached(to - from);
+      between<DownTiles>(w.down_weight, from, middle);
+      cached(layer);
+      between<DownTiles>(w.down_weight, middle, to);
+    } else if constexpr (S::kParallel && runs<kSegment>(Segment::output)) {
+      rows<DownTiles>(w.down_weight, S::kHidden);
+    }
     if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
@@ -40,6 +53,25 @@ class WeightProducer : public CtaShare<S> {
   }
 
  private:
+  // This CTA's tiles of cached tokens, whole ones: of the last, what lies beyond the position is copied and never looked at.
+  __device__ void cached(int layer) {
+    const int tiles = this->cached_tiles(), head = layer * S::kKvHeads + this->kv_head();
+    if (layer == 0 && tiles > 0) {  // weights never change; the launch before has written a row of a cache
+      wait_for_previous_launch();
+      async_proxy_fence();
+    }
+    for (int first = 0; first < tiles; first += S::kStageTiles) {
+      const int count = min(S::kStageTiles, tiles - first);
+      char* to = ring_.begin(count * 2 * Cached::kHalfBytes);
+      for (int tile = first; tile < first + count; tile++, to += S::kTileBytes) {
+        const int token = (this->split() + tile * S::kSplits) * Cached::kTokens;
+        ring_.copy_box(to, k_map_, 0, token, head);
+        ring_.copy_box(to + Cached::kValuesAt, v_map_, 0, token, head);
+      }
+      ring_.end();
+    }
+  }
+
   __device__ void qkv(const LayerTensors& w) {
     if constexpr (S::kFusedQkv) {
       rows<HiddenTiles>(w.q_weight, S::kQkvRows);
@@ -84,7 +116,7 @@ class WeightProducer : public CtaShare<S> {
     constexpr int kRows = S::kStageTiles * Tiles::kRows;
     for (int first = from; first < to; first += kRows) {
       const int rows = min(kRows, to - first);
-      char* stage = ring_.begin(rows * Tiles::kRowBytes, window());
+      char* stage = ring_.begin(rows * Tiles::kRowBytes);
       for (int row = 0; row < rows;) {
         const Piece piece = find(first + row);
         const int taken = min(piece.rows, rows - row);
@@ -114,16 +146,11 @@ class WeightProducer : public CtaShare<S> {
   }
 
   __device__ __forceinline__ void copy(const char* source, unsigned bytes) {
-    ring_.copy(ring_.begin(bytes, window()), source, bytes);
+    ring_.copy(ring_.begin(bytes), source, bytes);
     ring_.end();
   }
-  // Attention is in a hurry where it waits for cached tokens; weights that come later come in time, since much is left of the
-  // layer's when it has done.
-  __device__ __forceinline__ int window() {
-    return mbarrier_met(&s_.cache_turns, 0) ? WeightRing::kWindowInOthersHurry : WeightRing::kWindow;
-  }
 
-  typename CtaTypes<S>::Shared& s_;
+  const TensorMap &k_map_, &v_map_;
   RingProducer<WeightRing, Tracer::kOn> ring_;
   Tracer& trace_;
 };

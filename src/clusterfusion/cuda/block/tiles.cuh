@@ -1,4 +1,4 @@
-// The tile warps' side of a decoder layer: rows of weights times a vector, and what one row's sum needs.
+// The tile warps' side of a decoder layer: rows of weights times a vector, and what one row's sum needs; queries over cached tokens.
 #pragma once
 
 #include "block/cta.cuh"
@@ -54,7 +54,9 @@ class TileWarps : public CtaState<S> {
       trace_.mark(TraceEvent::qkv_done);
       if constexpr (S::kParallel && !S::kUpFirst) up<kWhole, kFaultCta>();
     }
-    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down(out_rows, layer);
+    constexpr bool kInsideDown = S::kUpFirst && kWhole;
+    if constexpr (runs<kSegment>(Segment::attend) && !kInsideDown) cached(layer);
+    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down<kInsideDown>(out_rows, layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
       this->await(kAttended, layer);
@@ -68,7 +70,7 @@ class TileWarps : public CtaState<S> {
       up<kWhole, kFaultCta>();
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
-      down(out_rows, layer);
+      down<false>(out_rows, layer);
       this->signal(kDownSums);
     }
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
@@ -106,12 +108,37 @@ class TileWarps : public CtaState<S> {
     trace_.mark(TraceEvent::up_done);
   }
 
+  template <bool kCachedInside>
   __device__ void down(int rows, int layer) {
+    const PackedVector<W> h{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)};
     trace_.mark(TraceEvent::down_tiles_wait);
     this->await(kHidden, layer);
     trace_.mark(TraceEvent::down_tiles_begin);
-    gemv_parts<DownTiles>(rows, PackedVector<W>{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)}, s_.down_sums);
+    const int before = kCachedInside ? Base::rows_before_cached(rows) : 0;
+    if constexpr (kCachedInside) {
+      gemv_parts<DownTiles>(before, h, s_.down_sums);
+      cached(layer);
+    }
+    gemv_parts<DownTiles>(rows - before, h, s_.down_sums + before * DownTiles::kParts);
     trace_.mark(TraceEvent::down_tiles_done);
+  }
+
+  // This CTA's part of its bundle's cached tokens. Tile t goes to slot t % kWarps, whichever warp takes it.
+  __device__ void cached(int layer) {
+    trace_.mark(TraceEvent::cached_wait);
+    if (this->attends()) this->await(kQueriesReady, layer);
+    trace_.mark(TraceEvent::cached_begin);
+    if (this->attends()) {
+      typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
+      int slot = -1;
+      ring_.template tiles<S::kTileBytes>(this->cached_tiles(), [&](int tile, const char* data) {
+        mine.add_tile(data, this->tile_tokens(tile));
+        slot = tile % S::kWarps;
+      });
+      if (slot >= 0) mine.store(s_.slots + slot * Base::kPartialsFloats, Base::kPartial);
+      this->signal(kPartialsReady);
+    }
+    trace_.mark(TraceEvent::cached_done);
   }
 
   // The last tile warp of the CTA to come here arrives for the CTA. Its warps meet before any of them comes here again.

@@ -8,7 +8,7 @@ namespace clusterfusion {
 enum class TraceEvent {
   begin, residual_read, normed, attention_wait, attention_begin, attention_done, output_wait, output_begin, output_ready,
   down_wait, down_begin, down_ready, sums_wait, published,
-  project_wait, project_begin, qkv_done, up_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
+  project_wait, project_begin, qkv_done, up_done, cached_wait, cached_begin, cached_done, o_wait, o_begin, o_done, down_tiles_wait, down_tiles_begin, down_tiles_done,
   logits_done,
   data_waited, room_waited, count
 };

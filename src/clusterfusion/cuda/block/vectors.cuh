@@ -43,8 +43,8 @@ class VectorWarps : public Attention<S> {
   using typename Base::Shared;
 
   __device__ VectorWarps(
-      const Workspace& workspace, const TensorMap& k_map, const TensorMap& v_map, int position, Shared& shared, Tracer& trace)
-      : Base(workspace, k_map, v_map, position, shared), trace_(trace) {}
+      const Workspace& workspace, int position, Shared& shared, Tracer& trace)
+      : Base(workspace, position, shared), trace_(trace) {}
 
   // One layer, or a segment of it. `layer` counts those of a launch, `epoch` names the
   // layer's tagged values. kFaultCta, for tests: that CTA never arrives for its part of h.
@@ -60,7 +60,6 @@ class VectorWarps : public Attention<S> {
     // Read before they are needed: each would cost the trip to memory behind a finished sum.
     float biases[kBiasItems];
     load_biases(w, biases);
-    if constexpr (runs<kSegment>(Segment::attend)) this->fetch_ahead(layer);
 
     if constexpr (runs<kSegment>(Segment::project)) {
       normalise<S::kParallel>(

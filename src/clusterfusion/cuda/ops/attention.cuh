@@ -2,7 +2,7 @@
 // several that share the keys and values (grouped-query attention, Ainslie et al. 2023), which then are read once for all of them.
 //
 // A tile holds kTokens keys and, behind them, their values, token after token. Tile t of a CTA's share goes to slot
-// t % kSlots, one warp each; slots are merged in order, then the CTAs of the cluster in rank order, so the bits depend on
+// t % (warps), one warp each; slots are merged in order, then the CTAs of the cluster in rank order, so the bits depend on
 // the split and not on timing or on the launch form. Scores are in units of log2: q carries 1 / sqrt(head_dim) * log2(e).
 #pragma once
 

@@ -1,7 +1,7 @@
 // The ring: a producer lane copies a CTA's tiles into shared memory, in the order of its schedule and far ahead of use;
 // consumer warps take them, tile t of a phase going to the warp that comes t after the phase's first one.
 //
-// A stage is one copy and holds kTiles tiles, for as many warps, a team: few large copies keep memory busier than many small
+// A stage is one copy, or a few, and holds kTiles tiles, for as many warps, a team: few large copies keep memory busier than many small
 // ones (5 KB: 4.46 TB/s on an H200, 10 KB: 4.66), and small tiles spread a phase more evenly over the warps. A phase starts
 // with a stage of its own.
 // Every lane says for itself that it has read its part: compute-sanitizer's racecheck does not see that one lane may speak for a warp
@@ -22,8 +22,6 @@ template <int kStages_, int kStageBytes_, int kTiles_, int kWarps_, int kWindow_
 struct Ring {
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kTiles = kTiles_, kWindow = kWindow_;
   static constexpr int kTeams = kWarps_ / kTiles;
-  // Memory's bandwidth is shared out by what is in flight.
-  static constexpr int kWindowInOthersHurry = kWindow < 4 ? 1 : kWindow / 4;
   static_assert(kWarps_ % kTiles == 0, "teams have a warp for each tile of a stage");
   static_assert(kStages % kTeams == 0, "a stage belongs to one team");
   static_assert(kWindow > 0 && kWindow <= kStages, "the window is part of the ring");
@@ -49,12 +47,12 @@ class RingProducer {
  public:
   __device__ RingProducer(char* stages, typename Ring::Barriers& barriers) : stages_(stages), barriers_(barriers) {}
 
-  // Waits for a free stage, and until fewer than `window` stages are in flight; announces `bytes`. Returns where the tiles go.
-  __device__ __forceinline__ char* begin(unsigned bytes, int window = Ring::kWindow) {
+  // Waits for a free stage, and until fewer than kWindow stages are in flight; announces `bytes`. Returns where the tiles go.
+  __device__ __forceinline__ char* begin(unsigned bytes) {
     const long long start = kTimed ? clock64() : 0;
     mbarrier_wait_local(&barriers_.empty[stage_], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
     if constexpr (kTimed) waited_for_room_ += clock64() - start;
-    for (; in_flight_ >= window; in_flight_--) {
+    for (; in_flight_ >= Ring::kWindow; in_flight_--) {
       mbarrier_wait_local(&barriers_.full[landing_], landing_parity_);
       if (++landing_ == Ring::kStages) landing_ = 0, landing_parity_ ^= 1;
     }
@@ -64,6 +62,9 @@ class RingProducer {
   }
   __device__ __forceinline__ void copy(void* to, const void* from, unsigned bytes) {
     bulk_copy(to, from, bytes, &barriers_.full[stage_]);
+  }
+  __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int c0, int c1, int c2) {
+    tensor_copy(to, &map, c0, c1, c2, &barriers_.full[stage_]);
   }
   __device__ __forceinline__ void end() {
     if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
@@ -123,71 +124,6 @@ class RingConsumer {
   int tile_, stage_, next_, first_ = 0;
   unsigned parity_ = 0;
   long long waited_ = 0;
-};
-
-// Stages that warps fill for themselves: tile t of a phase goes to warp t % kWarps, into its stage t % kStages. A warp asks
-// for the tile after next in a stage when it has done with it, so stages need no word that they are free.
-template <int kStages_, int kStageBytes_, int kWarps_>
-struct OwnStages {
-  static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kWarps = kWarps_;
-  static_assert(kStages % kWarps == 0, "a stage belongs to one warp");
-  static_assert(kStageBytes % 128 == 0, "stages keep their alignment");
-  static constexpr int kOwn = kStages / kWarps;  // stages of a warp
-
-  struct Barriers {
-    cuda::std::uint64_t full[kStages];
-  };
-
-  static __device__ __forceinline__ void init(Barriers& barriers) {  // one thread; mbarrier_init_fence follows
-    for (int stage = 0; stage < kStages; stage++) mbarrier_init(&barriers.full[stage], 1);
-  }
-};
-
-// One warp's stages. In every phase begin comes first, then, when the tiles are wanted, tiles. `fetch(tile, to, barrier)` has
-// one lane issue the copies of a tile of the phase, kTileBytes in all.
-template <typename Stages, unsigned kTileBytes>
-class OwnTiles {
- public:
-  __device__ OwnTiles(char* stages, typename Stages::Barriers& barriers, int warp, int lane)
-      : stages_(stages), barriers_(barriers), warp_(warp), lane_(lane) {}
-
-  // Asks for this warp's first tiles of a phase of `count`.
-  template <typename Fetch>
-  __device__ __forceinline__ void begin(int count, Fetch fetch) {
-    for (int own = 0; own < Stages::kOwn; own++) {
-      const int tile = warp_ + own * Stages::kWarps;
-      if (tile < count) ask(tile, fetch);
-    }
-  }
-
-  // Calls visit(tile, data) for all of this warp's tiles of the phase.
-  template <typename Fetch, typename Visit>
-  __device__ __forceinline__ void tiles(int count, Fetch fetch, Visit visit) {
-    for (int tile = warp_; tile < count; tile += Stages::kWarps) {
-      const int stage = tile % Stages::kStages;
-      const unsigned own = stage / Stages::kWarps;
-      mbarrier_wait_local(&barriers_.full[stage], parities_ >> own & 1);
-      parities_ ^= 1u << own;
-      visit(tile, stages_ + stage * Stages::kStageBytes);
-      __syncwarp();
-      if (tile + Stages::kStages < count) ask(tile + Stages::kStages, fetch);
-    }
-  }
-
- private:
-  template <typename Fetch>
-  __device__ __forceinline__ void ask(int tile, Fetch fetch) {
-    const int stage = tile % Stages::kStages;
-    if (lane_ == 0) {
-      mbarrier_arrive_expect(&barriers_.full[stage], kTileBytes);
-      fetch(tile, stages_ + stage * Stages::kStageBytes, &barriers_.full[stage]);
-    }
-  }
-
-  char* stages_;
-  typename Stages::Barriers& barriers_;
-  int warp_, lane_;
-  unsigned parities_ = 0;  // of each own stage's next phase
 };
 
 }  // namespace clusterfusion

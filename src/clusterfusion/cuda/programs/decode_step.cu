@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
     cluster_wait();
   }
   if (threadIdx.x >= S::kConsumers) {
-    if (threadIdx.x == S::kConsumers) {  // weights never change: it waits for no launch
+    if (threadIdx.x == S::kConsumers) {  // it waits for no launch before the first cached tokens
       Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
-      WeightProducer<S, Tracer> producer(shared, trace);
+      WeightProducer<S, Tracer> producer(a.k_map, a.v_map, a.position, shared, trace);
 #pragma unroll 1
       for (int layer = 0; layer < kLayers; layer++) {
         trace.layer(layer);
-        producer.template run<Segment::whole>(a.layers[layer]);
+        producer.template run<Segment::whole>(a.layers[layer], layer);
       }
       trace.layer(kLayers);
       producer.vocabulary(a.lm_head, a.vocabulary);
@@ -109,12 +109,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   wait_for_previous_launch();
   let_next_launch_start();
   if (threadIdx.x < S::kVectorThreads) {
-    async_proxy_fence();  // the last step wrote a row of every layer's cache
     constexpr unsigned kVersions = kLayers * (S::kParallel ? 1 : 2) + 1;  // of the residual vector in a step
     int token = a.token == kNoToken ? __ldcg(&a.state->token) : a.token;
     if (token < 0 || token >= a.vocabulary) token = 0;  // the last step chose none: its reader knows, and this one is void
     Tracer trace = make_trace<kTrace>(a.trace, kLayers, 0);
-    VectorWarps<S, Tracer> vectors(a.workspace, a.k_map, a.v_map, a.position, shared, trace);
+    VectorWarps<S, Tracer> vectors(a.workspace, a.position, shared, trace);
     const int first = first_row<S::kCtas>(S::kHidden, blockIdx.x);
     ResidualStream<S> residual(static_cast<const W*>(a.embedding) + static_cast<cuda::std::int64_t>(token) * S::kHidden,
                                a.pairs, a.launch * kVersions, shared.residual);

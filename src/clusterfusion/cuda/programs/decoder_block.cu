@@ -49,10 +49,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   const int position = shared.position;
   const bool in_cache = position >= 0 && position < arguments.cache.max_len;
   if (threadIdx.x >= S::kConsumers) {
-    // Reads weights only: it need not wait for the launch before this one.
+    // It need not wait for the launch before this one, until it comes to cached tokens.
     if (in_cache && threadIdx.x == S::kConsumers) {
       NoTrace trace;
-      WeightProducer<S>(shared, trace).template run<kSegment>(arguments.layer);
+      WeightProducer<S> producer(arguments.k_map, arguments.v_map, position, shared, trace);
+      producer.template run<kSegment>(arguments.layer, 0);
     }
     return;
   }
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   if (threadIdx.x >= S::kVectorThreads) {
     if (in_cache) TileWarps<S>(arguments.workspace, position, shared, trace).template run<kSegment>(epoch, 0);
   } else {
-    VectorWarps<S> vectors(arguments.workspace, arguments.k_map, arguments.v_map, position, shared, trace);
+    VectorWarps<S> vectors(arguments.workspace, position, shared, trace);
     if (in_cache) {
       const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles * S::kPartials)};
       LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);

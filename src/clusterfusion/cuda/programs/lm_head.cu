@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant_
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {
       NoTrace trace;
-      WeightProducer<S>(shared, trace).vocabulary(arguments.lm_head, arguments.vocabulary);
+      const TensorMap none{};  // nothing attends
+      WeightProducer<S>(none, none, 0, shared, trace).vocabulary(arguments.lm_head, arguments.vocabulary);
     }
     return;
   }
@@ -44,8 +45,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant_
   NoTrace trace;
   if (threadIdx.x < S::kVectorThreads) {
     FinalResidual<S> residual{arguments.x};
-    const TensorMap none{};  // nothing attends
-    VectorWarps<S>(arguments.workspace, none, none, 0, shared, trace).final_norm(arguments.norm_weight, arguments.norm_bias, residual);
+    VectorWarps<S>(arguments.workspace, 0, shared, trace).final_norm(arguments.norm_weight, arguments.norm_bias, residual);
   } else {
     TileWarps<S>(arguments.workspace, 0, shared, trace).vocabulary(arguments.vocabulary, 0, [&](int index, float logit) {
       arguments.logits[index] = logit;
