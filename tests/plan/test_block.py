@@ -132,6 +132,7 @@ def plan() -> BlockPlan:
         ({"stages": 16}, "a stage belongs to one team"),
         ({"window_stages": 0}, "the window is part of the ring"),
         ({"window_stages": 99}, "the window is part of the ring"),
+        ({"fifths_before_cached": 6}, "cached tokens are among the rows of down: 6"),
         ({"tile_bytes": 5000}, "tile alignment"),
         ({"tile_bytes": 4096}, "a row of hidden_size fits a tile"),
         ({"tile_bytes": 7680}, "tiles of a stage are alike"),

@@ -107,7 +107,7 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
     sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rotary.dim)
     partition = (plan.ctas, plan.cluster_size, plan.queries, plan.splits, plan.vector_warps, plan.warps)
     ring = (plan.stages, plan.tile_bytes, plan.stage_tiles, plan.window_stages)
-    cache = (plan.tile_tokens, plan.shared_bytes)
+    cache = (plan.fifths_before_cached, plan.tile_tokens, plan.shared_bytes)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],

@@ -65,6 +65,8 @@ MAX_STAGES = 64
 # With so much of the up projection a CTA, q, k and v behind it hide the wait for h; with less, attention is what takes long,
 # and starts as early as it can.
 UP_FIRST_BYTES = 200 * 1024
+# And so many fifths of down come before the cached tokens: by then the queries are there, and what is left of it hides the merge.
+FIFTHS_BEFORE_CACHED = 2
 PAIR_BYTES = 8  # a float and its epoch
 COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
 
@@ -95,6 +97,7 @@ class BlockPlan:
     tile_bytes: int  # what a warp takes at a time
     stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int
+    fifths_before_cached: int  # with up_first: of a CTA's rows of down
     tile_tokens: int  # cached tokens whose keys and values are one tile
     shared_bytes: int
 
@@ -174,7 +177,7 @@ class BlockPlan:
 
     def rows_before_cached(self, rows: range) -> range:
         """With `up_first`, a CTA's rows of the down projection that come before its cached tokens."""
-        return range(rows.start, rows.start + len(rows) * 2 // 5)
+        return range(rows.start, rows.start + len(rows) * self.fifths_before_cached // 5)
 
     def attends(self, cta: int) -> bool:
         """Whether a CTA takes part of a bundle's cached tokens."""
@@ -303,6 +306,7 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) ->
         tile_bytes=tile_bytes,
         stage_tiles=stage_tiles,
         window_stages=max(1, min(stages, _window_bytes(config) // stage_bytes)),
+        fifths_before_cached=FIFTHS_BEFORE_CACHED,
         tile_tokens=tile_tokens,
         shared_bytes=(fixed(warps) + stages * stage_room if stages > 0 else fixed(2) + 2 * stage_room),
     )
@@ -384,6 +388,7 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
     check(plan.stages % (plan.warps // plan.stage_tiles) == 0, "a stage belongs to one team", plan.stages)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
+    check(0 <= plan.fifths_before_cached <= 5, "cached tokens are among the rows of down", plan.fifths_before_cached)
     check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
     check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)
     check(plan.stage_tiles == 1 or even_parts(c, plan.tile_bytes), "tiles of a stage are alike", plan.stage_tiles)

@@ -82,7 +82,7 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kKvHeads_, int kHeadDim_, int kRotary_,
           Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_,
           int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kTileBytes_,
-          int kStageTiles_, int kWindow_, int kTileTokens_, int kSharedBytes_>
+          int kStageTiles_, int kWindow_, int kFifthsBeforeCached_, int kTileTokens_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
@@ -92,7 +92,7 @@ struct BlockShape {
   static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
   static constexpr int kStages = kStages_, kTileBytes = kTileBytes_, kStageTiles = kStageTiles_, kWindow = kWindow_;
   static constexpr int kStageBytes = kTileBytes * kStageTiles;
-  static constexpr int kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
+  static constexpr int kFifthsBeforeCached = kFifthsBeforeCached_, kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
   static constexpr Pairing kPairing = kPairing_;
   static constexpr Norm kNorm = kNorm_;
   static constexpr Activation kActivation = kActivation_;
@@ -194,7 +194,7 @@ class CtaShare {
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kTileBytes>;
   using WeightRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
   // With kUpFirst, rows of the down projection that come before the cached tokens: while they stream, q, k and v arrive.
-  static __host__ __device__ constexpr int rows_before_cached(int rows) { return rows * 2 / 5; }
+  static __host__ __device__ constexpr int rows_before_cached(int rows) { return rows * S::kFifthsBeforeCached / 5; }
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
   static __host__ __device__ constexpr int most_rows(int rows) { return (rows + S::kCtas - 1) / S::kCtas + 1; }
   static constexpr int kMostUpRows =
