@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating]
 
 VECTOR, WARP = 8, 32
+LOADS = 12  # of partials, that a thread has under way together
 LOG2E = 1.4426950408889634
 
 
@@ -214,6 +215,24 @@ class GroupedAttentionWarp:
             half = sums.shape[1] // 2
             sums = sums[:, :half] + sums[:, half:]
         return np.concatenate((self.values, self.maximum[:, None], sums), axis=1).astype(self.values.dtype)
+
+
+def merge_in_rounds(partials: Array, each: int) -> Array:
+    """One partial of several [count, head_dim + 2], in order, so many at a time: Attention::load_attention."""
+    merged = np.zeros(partials.shape[1], partials.dtype)
+    maximum = partials.dtype.type(-math.inf)
+    for first in range(0, len(partials), each):
+        together = partials[first : first + each]
+        highest = max(maximum, *(partial[-2] for partial in together))
+        base = partials.dtype.type(0) if highest == -math.inf else highest
+        merged = merged * exp2(maximum - base)
+        maximum = highest
+        for partial in together:
+            if partial[-2] != -math.inf:  # an empty one adds zeros
+                merged = fma(exp2(partial[-2] - base), partial, merged)
+        merged[-2] = 0
+    merged[-2] = maximum
+    return merged
 
 
 def merge(partials: Array) -> Array:

@@ -334,10 +334,14 @@ class Cta:
 
     def attention(self, layer: int) -> Array:
         """The attention's output of all heads [q_size]: Attention::load_attention."""
-        each = self.s.memory.read("partials", layer).reshape(self.config.num_heads, -1, self.config.head_dim + 2)
-        if self.config.num_heads != self.config.num_kv_heads:
-            each = each[:, : self.plan.used_partials(self.s.position)]
-        merged = [kernel.merge(partials) for partials in each]
+        plan, each = self.plan, self.s.memory.read("partials", layer)
+        each = each.reshape(self.config.num_heads, -1, self.config.head_dim + 2)
+        own = -(-self.config.q_size // (4 * kernel.WARP * plan.vector_warps))  # quads of a thread
+        together = own if own * plan.partials_per_head <= kernel.LOADS or own < 4 else 4
+        loaded = max(kernel.LOADS // together, 1)
+        if loaded < plan.partials_per_head:
+            each = each[:, : plan.used_partials(self.s.position)]
+        merged = [kernel.merge_in_rounds(partials, loaded) for partials in each]
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])
 
     def attend(self, action: Action) -> Array:

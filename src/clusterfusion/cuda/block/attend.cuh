@@ -76,62 +76,61 @@ class Attention : public CtaState<S> {
   template <bool kWhole>
   __device__ void load_attention(const SplitVector& to, int layer) {
     constexpr int kQuads = S::kQSize / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
-    // So many loads fit the registers, and cost one trip together. With more, first the maxima of those partials that hold
-    // anything, then their values, a few quads at a time.
-    constexpr bool kAtOnce = kOwn * S::kPartials <= 12;
-    constexpr int kTogether = kAtOnce || kOwn < 4 ? kOwn : 4, kLoaded = kAtOnce ? S::kPartials : 1;
-    const int used = kAtOnce ? S::kPartials : this->used_partials();
+    // So many loads fit the registers, and cost one trip together: of all quads of a thread, or a few, as many partials each as
+    // there are, or a few; of those, all that hold anything.
+    constexpr int kLoads = 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
+    constexpr int kLoaded = smaller(S::kPartials, larger(kLoads / kTogether, 1));
+    const int used = kLoaded == S::kPartials ? S::kPartials : this->used_partials();
 #pragma unroll
-    for (int first = 0; first < kOwn; first += kTogether) {
-      float4 parts[kTogether][kLoaded] = {};
-      float2 scales[kTogether][kLoaded] = {};
-      const auto quad_of = [&](int i) { return (first + i) * S::kVectorThreads + thread_; };
-      const auto mine = [&](int i) { return first + i < kOwn && quad_of(i) < kQuads; };
-      const auto load = [&](int i, int partial, float2& scale, float4& part) {
-        const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
-        const float* from = u_.partials + (of_head * S::kPartials + partial) * kPartial;
-        scale = __ldcg(reinterpret_cast<const float2*>(from + S::kHeadDim));
-        part = __ldcg(reinterpret_cast<const float4*>(from + dim));
-      };
+    for (int group = 0; group < kOwn; group += kTogether) {
+      const auto quad_of = [&](int i) { return (group + i) * S::kVectorThreads + thread_; };
+      const auto mine = [&](int i) { return group + i < kOwn && quad_of(i) < kQuads; };
+      float maximum[kTogether], sum[kTogether] = {};
+      float4 value[kTogether] = {};
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        if (!mine(i)) continue;
+      for (int i = 0; i < kTogether; i++) maximum[i] = -kInfinity;
+#pragma unroll 1
+      for (int first = 0; first < used; first += kLoaded) {
+        float4 parts[kTogether][kLoaded] = {};
+        float2 scales[kTogether][kLoaded];
 #pragma unroll
-        for (int n = 0; n < kLoaded; n++) load(i, n, scales[i][n], parts[i][n]);
+        for (int i = 0; i < kTogether; i++) {
+#pragma unroll
+          for (int n = 0; n < kLoaded; n++) {
+            scales[i][n] = make_float2(-kInfinity, 0.0f);
+            if (!mine(i) || first + n >= used) continue;
+            const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
+            const float* from = u_.partials + (of_head * S::kPartials + first + n) * kPartial;
+            scales[i][n] = __ldcg(reinterpret_cast<const float2*>(from + S::kHeadDim));
+            parts[i][n] = __ldcg(reinterpret_cast<const float4*>(from + dim));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; i++) {
+          float highest = maximum[i];
+#pragma unroll
+          for (int n = 0; n < kLoaded; n++) highest = fmaxf(highest, scales[i][n].x);
+          const float base = highest == -kInfinity ? 0.0f : highest;  // all so far are empty, or overflowed
+          const float keep = exp2f(maximum[i] - base);
+          maximum[i] = highest;
+          sum[i] *= keep;
+          value[i].x *= keep, value[i].y *= keep, value[i].z *= keep, value[i].w *= keep;
+#pragma unroll
+          for (int n = 0; n < kLoaded; n++) {
+            const float weight = exp2f(scales[i][n].x - base);
+            const float4 part = parts[i][n];
+            sum[i] = fmaf(weight, scales[i][n].y, sum[i]);
+            value[i].x = fmaf(weight, part.x, value[i].x), value[i].y = fmaf(weight, part.y, value[i].y);
+            value[i].z = fmaf(weight, part.z, value[i].z), value[i].w = fmaf(weight, part.w, value[i].w);
+          }
+        }
       }
       if constexpr (kWhole) this->await(kProjected, layer);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         if (!mine(i)) continue;
-        float maximum = -kInfinity;
-#pragma unroll
-        for (int n = 0; n < kLoaded; n++) maximum = fmaxf(maximum, scales[i][n].x);
-        if constexpr (!kAtOnce) {
-          const int of_head = quad_of(i) * 4 / S::kHeadDim;
-          const float* from = u_.partials + of_head * S::kPartials * kPartial + S::kHeadDim;
-#pragma unroll 4
-          for (int n = 1; n < used; n++) maximum = fmaxf(maximum, __ldcg(from + n * kPartial));
-        }
-        float sum = 0;
-        float4 value = make_float4(0, 0, 0, 0);
-        const auto add = [&](float2 scale, float4 part) {
-          const float weight = scale.x == -kInfinity ? 0.0f : exp2f(scale.x - maximum);
-          sum = fmaf(weight, scale.y, sum);
-          value.x = fmaf(weight, part.x, value.x), value.y = fmaf(weight, part.y, value.y);
-          value.z = fmaf(weight, part.z, value.z), value.w = fmaf(weight, part.w, value.w);
-        };
-#pragma unroll
-        for (int n = 0; n < kLoaded; n++) add(scales[i][n], parts[i][n]);
-        if constexpr (!kAtOnce) {
-#pragma unroll 4
-          for (int n = 1; n < used; n++) {
-            float2 scale;
-            float4 part;
-            load(i, n, scale, part);
-            add(scale, part);
-          }
-        }
-        to.quad(quad_of(i)) = make_float4(value.x / sum, value.y / sum, value.z / sum, value.w / sum);
+        const float4 v = value[i];
+        to.quad(quad_of(i)) = make_float4(v.x / sum[i], v.y / sum[i], v.z / sum[i], v.w / sum[i]);
       }
     }
   }
