@@ -91,9 +91,9 @@ class BlockPlan:
     queries: int  # query heads of a bundle, which a CTA attends together
     splits: int  # CTAs that share a bundle's cached tokens
     up_first: bool  # with parallel residual: up before q, k, v
-    vector_warps: int  # norms, attention, activations
-    warps: int  # tile warps: weights times vectors; one producer warp comes on top
-    stages: int  # of the ring of weights
+    vector_warps: int  # norms, queries, what comes of the tiles
+    warps: int  # tile warps: weights times vectors, queries over cached tokens; one producer warp comes on top
+    stages: int  # of the ring of weights and cached tokens
     tile_bytes: int  # what a warp takes at a time
     stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int

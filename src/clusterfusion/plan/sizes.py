@@ -38,7 +38,7 @@ def tokens_a_pass(config: DecoderConfig) -> int:
 
 
 def cache_tile_tokens(config: DecoderConfig, tile_bytes: int) -> int:
-    """The most cached tokens whose keys and values fit `tile_bytes`, in whole passes of a warp; one pass if none does."""
+    """The most cached tokens whose keys and values fit `tile_bytes`, in whole passes of a warp, at least one."""
     together = tokens_a_pass(config)
     tokens = together
     while (

@@ -238,7 +238,7 @@ def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
 
 def producer_order(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Stage]:
     """The stages that a CTA's producer fills in one step with `position` cached tokens, in order, never more than `plan.stages`
-    ahead of their use: WeightProducer::run of the program."""
+    ahead of their use: TileProducer::run of the program."""
     c = plan.config
     rows = {name: plan.rows(qkv_rows(c) if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
     rows["up"] = plan.up_rows(cta)

@@ -1,7 +1,7 @@
 """What a traced step records: the events of a CTA in each layer, their order, their meaning, and where they lie.
 
-Two roles of a CTA record: the vectors' warps, which read the residual stream, norm it, attend and publish, and the tiles'
-warps, which stream the weights, seen by their first warp. The record is int64 [CTAs, layers + 1, EVENTS] and behind it
+Two roles of a CTA record: the vectors' warps, which read the residual stream, norm it, merge attention's parts and publish, and the
+tiles' warps, which stream weights and cached tokens, seen by their first warp. The record is int64 [CTAs, layers + 1, EVENTS] and behind it
 [CTAs, CLOCKS]; index `num_layers` is the part after the last layer: final norm, LM head, choice of the token. An event is
 the SM's clock when the CTA passed it, 0 where it did not. Clocks of different SMs have nothing in common, which is why each
 CTA reads its own beside the GPU's nanoseconds at both ends.
@@ -105,7 +105,7 @@ def phases(order: Order) -> tuple[Phase, ...]:
         Phase("vectors", "wait", "residual", "begin", "residual_read"),
         Phase("vectors", "work", "norm", "residual_read", "normed"),
         Phase("vectors", "wait", "q/k/v", "attention_wait", "attention_begin"),
-        Phase("vectors", "work", "attention", "attention_begin", "attention_done"),
+        Phase("vectors", "work", "attention", "attention_begin", "attention_done"),  # with the tiles' part of it
         Phase("vectors", "wait", "attention", "output_wait", "output_begin"),
         Phase("vectors", "work", "load", "output_begin", "output_ready"),
         Phase("vectors", "wait", "hidden", "down_wait", "down_begin"),

@@ -1,8 +1,8 @@
 // A CTA of the decoder programs: its shared memory, its teams, and how it waits for other CTAs and complains.
 //
-// Warps have roles. Vector warps make what tiles are multiplied by, norms, attention, activations from other CTAs, and finish
-// what comes of it; tile warps multiply tiles of weights with it and do nothing else; one lane fetches them. So the stream of weights
-// goes on while a dependency is under way, and what is exposed of one is what the ring does not cover.
+// Warps have roles. Vector warps make what tiles are multiplied by, norms, queries, activations from other CTAs, and finish what
+// comes of it; tile warps multiply tiles of weights with it, take queries over tiles of cached tokens, and do nothing else; one lane
+// fetches both. So the stream goes on while a dependency is under way, and what is exposed of one is what the ring does not cover.
 #pragma once
 
 #include "block/share.cuh"
@@ -18,12 +18,11 @@ __host__ __device__ constexpr int align16(int bytes) { return (bytes + 15) / 16 
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Once a layer, as far as a layer has them. Vector warps signal that a vector is there for the tile warps: the normed input, the
-// attention's output, the normed middle, h; and that the bundle's queries are there for the cached tokens. Tile warps signal what
-// they have made of those, and that they have done with a vector: that q, k, v are projected, so that
-// the attention's output may take x1's place; that up is, so that h may take x2's place and, with a gate, that its sums are there;
-// the sums of the output projection, with
-// parallel residual those of the down projection too, otherwise these for themselves.
+// Once a layer, as far as a layer has them. Vector warps signal that something is there for the tile warps: the normed input, the
+// bundle's queries, the attention's output, the normed middle, h. Tile warps signal that they have done: that q, k, v are projected,
+// so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that h may take x2's place
+// and, with a gate, that its sums are there; the sums of the output projection, with parallel residual those of the down projection
+// too, otherwise these for themselves.
 enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kQueriesReady, kPartialsReady, kSignals };
 __host__ __device__ constexpr bool from_tiles(int signal) {
   return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums ||
@@ -65,7 +64,7 @@ struct CtaTypes {
     float biases[kBiases];
     float residual[kOutRows];                 // the whole step's: this CTA's rows
     alignas(16) char best[S::kWarps * 16];    // and its warps' likeliest tokens
-    typename Share::WeightRing::Barriers ring;
+    typename Share::TileRing::Barriers ring;
     cuda::std::uint64_t signals[kSignals];
     typename Block::Scratch block[2];
     typename Gather::Scratch gather;
@@ -92,7 +91,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
 
   // One thread, before the first barrier of the CTA.
   static __device__ void init(Shared& shared) {
-    CtaShare<S>::WeightRing::init(shared.ring);
+    CtaShare<S>::TileRing::init(shared.ring);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
     shared.warps_done = 0;
     shared.expired = 0;

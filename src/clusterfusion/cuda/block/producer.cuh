@@ -9,16 +9,16 @@
 namespace clusterfusion {
 
 template <typename S, typename Tracer = NoTrace>
-class WeightProducer : public CtaShare<S> {
+class TileProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::Cached;
   using typename Base::DownTiles;
   using typename Base::HiddenTiles;
   using typename Base::OutTiles;
-  using typename Base::WeightRing;
+  using typename Base::TileRing;
 
  public:
-  __device__ WeightProducer(
+  __device__ TileProducer(
       const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace)
       : Base(position), k_map_(k_map), v_map_(v_map), ring_(shared.stages, shared.ring), trace_(trace) {}
 
@@ -151,7 +151,7 @@ class WeightProducer : public CtaShare<S> {
   }
 
   const TensorMap &k_map_, &v_map_;
-  RingProducer<WeightRing, Tracer::kOn> ring_;
+  RingProducer<TileRing, Tracer::kOn> ring_;
   Tracer& trace_;
 };
 

@@ -98,7 +98,7 @@ struct BlockShape {
   static constexpr Activation kActivation = kActivation_;
   static constexpr bool kGated = kGated_, kFusedQkv = kFusedQkv_, kParallel = kParallel_, kUpFirst = kUpFirst_;
   static_assert(kParallel || !kUpFirst, "sequential residual goes to the up projection by way of o");
-  // Warps by their role, in this order: vectors, tiles, and one that fetches weights.
+  // Warps by their role, in this order: vectors, tiles, and one that fetches.
   static constexpr int kVectorThreads = kVectorWarps * kWarpSize, kTileThreads = kWarps * kWarpSize;
   static constexpr int kConsumers = kVectorThreads + kTileThreads, kThreads = kConsumers + kWarpSize;
   static constexpr int kQSize = kHeads * kHeadDim, kKvSize = kKvHeads * kHeadDim;  // elements of the queries, of the keys
@@ -192,7 +192,7 @@ class CtaShare {
   using OutTiles = RowTiles<S::kQSize, S::kTileBytes>;
   using DownTiles = RowTiles<S::kIntermediate, S::kTileBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kTileBytes>;
-  using WeightRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
+  using TileRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
   // With kUpFirst, rows of the down projection that come before the cached tokens: while they stream, q, k and v arrive.
   static __host__ __device__ constexpr int rows_before_cached(int rows) { return rows * S::kFifthsBeforeCached / 5; }
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.

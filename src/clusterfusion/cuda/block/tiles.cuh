@@ -166,7 +166,7 @@ class TileWarps : public CtaState<S> {
     gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
   }
 
-  RingConsumer<typename Base::WeightRing, Tracer::kOn> ring_;
+  RingConsumer<typename Base::TileRing, Tracer::kOn> ring_;
   Tracer& trace_;
 };
 

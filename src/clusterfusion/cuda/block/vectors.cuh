@@ -1,4 +1,4 @@
-// The vector warps' side of a decoder layer: norms, attention, activations from other CTAs, residual, and the waits in between.
+// The vector warps' side of a decoder layer: norms, queries and attention's parts, activations from other CTAs, residual, and the waits in between.
 #pragma once
 
 #include <cuda/std/type_traits>

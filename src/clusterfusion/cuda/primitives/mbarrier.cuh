@@ -37,11 +37,6 @@ __device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier
   }
 }
 
-// Whether the phase of parity `parity` is complete, without waiting.
-__device__ __forceinline__ bool mbarrier_met(cuda::std::uint64_t* barrier, unsigned parity) {
-  return cuda::ptx::mbarrier_test_wait_parity(barrier, parity);
-}
-
 // Arrives at a barrier in any CTA of the cluster (an address from map_shared); releases to the cluster.
 __device__ __forceinline__ void mbarrier_arrive_cluster(cuda::std::uint64_t* mapped_barrier) {
   cuda::ptx::mbarrier_arrive(

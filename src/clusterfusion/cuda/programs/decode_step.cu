@@ -1,5 +1,5 @@
 // decode_step: a whole decode step in one cooperative launch: embedding, all layers, final norm, LM head, choice of the token.
-// The producers stream the weights and the cached tokens of the whole step without a pause, across phases and layers.
+// The producers stream the weights and the cached tokens of the whole step, across phases and layers.
 // Host twin: jit/decode_step.py. Plan: plan/step.py.
 #include <cuda/std/type_traits>
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {  // it waits for no launch before the first cached tokens
       Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
-      WeightProducer<S, Tracer> producer(a.k_map, a.v_map, a.position, shared, trace);
+      TileProducer<S, Tracer> producer(a.k_map, a.v_map, a.position, shared, trace);
 #pragma unroll 1
       for (int layer = 0; layer < kLayers; layer++) {
         trace.layer(layer);

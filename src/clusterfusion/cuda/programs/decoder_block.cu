@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
     // It need not wait for the launch before this one, until it comes to cached tokens.
     if (in_cache && threadIdx.x == S::kConsumers) {
       NoTrace trace;
-      WeightProducer<S> producer(arguments.k_map, arguments.v_map, position, shared, trace);
+      TileProducer<S> producer(arguments.k_map, arguments.v_map, position, shared, trace);
       producer.template run<kSegment>(arguments.layer, 0);
     }
     return;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant_
     if (threadIdx.x == S::kConsumers) {
       NoTrace trace;
       const TensorMap none{};  // nothing attends
-      WeightProducer<S>(none, none, 0, shared, trace).vocabulary(arguments.lm_head, arguments.vocabulary);
+      TileProducer<S>(none, none, 0, shared, trace).vocabulary(arguments.lm_head, arguments.vocabulary);
     }
     return;
   }
