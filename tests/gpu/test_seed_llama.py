@@ -210,3 +210,86 @@ def test_bad_arguments_are_named_before_anything_changes(tensors: dict[str, Tens
             with pytest.raises(ArgumentError, match=f"^{argument} is .*{seen}.*must be"):
                 call(name, given, **{argument: bad}, residual=residual)
     assert torch.equal(residual, given["residual"])
+
+
+# -- a batch over a paged cache ----------------------------------------------------------------------------------------
+
+
+def batch_arguments(tensors: dict[str, Tensor], sequences: list[list[int]]) -> dict[str, Any]:
+    """In the function's order, but for the caches of two layers, which come last."""
+    generator, batch = torch.Generator(GPU).manual_seed(5), len(sequences)
+    caches = {name: [tensors[f"{name}_cache"].clone() for _ in range(2)] for name in "kv"}
+    angles = 6 * torch.rand(5000, HEAD_DIM // 2, device=GPU, generator=generator)
+    bounds = [sum(map(len, sequences[:b])) for b in range(batch + 1)]
+    slots = [slot for sequence in sequences for slot in sequence]
+    addresses = {
+        name: torch.tensor([c.data_ptr() for c in caches[name]], dtype=torch.uint64, device=GPU) for name in "kv"
+    }
+    return {
+        "output": torch.full((batch, HIDDEN), torch.nan, dtype=torch.float16, device=GPU),
+        "residual_output": torch.full((batch, HIDDEN), torch.nan, dtype=torch.float16, device=GPU),
+        "input": random(generator, batch, HIDDEN).half(),
+        "residual": random(generator, batch, HIDDEN).half(),
+        "weight_qkv": tensors["weight_qkv"],
+        "weight_o": tensors["weight_o"],
+        "paged_kv_indptr": torch.tensor(bounds, dtype=torch.int32, device=GPU),
+        "paged_kv_indices": torch.tensor(slots, dtype=torch.int32, device=GPU),
+        "k_cache_ptrs": addresses["k"],
+        "v_cache_ptrs": addresses["v"],
+        "layer_id": 1,
+        "rms_input_weight": tensors["rms_input_weight"],
+        "eps": 1e-5,
+        "positions": torch.tensor([len(s) - 1 for s in sequences], dtype=torch.int64, device=GPU),
+        "cos_sin": torch.cat((angles.cos(), angles.sin()), 1),
+        "caches": caches,
+    }
+
+
+def call_batch(given: dict[str, Any], **changes: Any) -> None:
+    values = {name: value for name, value in (given | changes).items() if name != "caches"}
+    clusterfusion.llama_decoder_layer_batch_decode_sglang(*values.values())
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [18, 1, 1025], [700, 3, 1, 40, 512, 65, 64, 9]])
+def test_each_sequence_is_as_by_itself(tensors: dict[str, Tensor], lengths: list[int]) -> None:
+    order = torch.randperm(ROOM, generator=torch.Generator().manual_seed(2)).tolist()
+    sequences = [order[sum(lengths[:b]) : sum(lengths[: b + 1])] for b in range(len(lengths))]
+    given = batch_arguments(tensors, sequences)
+    expected = {name: [cache.clone() for cache in given["caches"][name]] for name in "kv"}
+    call_batch(given)
+    for b, slots in enumerate(sequences):
+        cached = torch.tensor(slots[:-1], dtype=torch.int64, device=GPU)
+        cos, sin = given["cos_sin"][len(slots) - 1][None].split(HEAD_DIM // 2, 1)
+        output, residual, *new = clusterfusion.llama_decoder_layer_sglang(
+            given["input"][b : b + 1], given["residual"][b : b + 1].clone(), given["weight_qkv"], given["weight_o"],
+            *(tensors[f"{name}_cache"][cached] for name in "kv"), given["rms_input_weight"], 1e-5, cos.contiguous(),
+            sin.contiguous(),
+        )  # fmt: skip
+        assert torch.equal(given["output"][b], output[0]) and torch.equal(given["residual_output"][b], residual[0])
+        for name, rows in zip("kv", new, strict=True):
+            expected[name][1][slots[-1]] = rows.flatten()
+    for name in "kv":
+        assert all(torch.equal(a, b) for a, b in zip(given["caches"][name], expected[name], strict=True)), name
+
+
+def test_bad_batches_are_named_before_anything_changes(tensors: dict[str, Tensor]) -> None:
+    given = batch_arguments(tensors, [[4, 5, 6], [7]])
+    on_the_host = torch.zeros(ROOM, HIDDEN, dtype=torch.float16)
+    addresses = torch.tensor([0, on_the_host.data_ptr()], dtype=torch.uint64, device=GPU)
+
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=GPU)
+
+    for argument, bad in {
+        "k_cache_ptrs": addresses,
+        "v_cache_ptrs": torch.zeros_like(addresses),
+        "paged_kv_indptr": int32(0, 3, 3),
+        "paged_kv_indices": int32(4, 5, 6, -7),
+        "positions": torch.tensor([0, 5000], device=GPU),
+        "layer_id": 2,
+    }.items():
+        with pytest.raises(ArgumentError, match=f"^{argument} "):
+            call_batch(given, **{argument: bad})
+    assert given["output"].isnan().all() and given["residual_output"].isnan().all()
+    for name in "kv":
+        assert all(torch.equal(cache, tensors[f"{name}_cache"]) for cache in given["caches"][name])

@@ -14,10 +14,12 @@ from clusterfusion.seed_api.checks import PYTHIA_2B8, PYTHIA_6B9
 from clusterfusion.seed_api.graph_context import graph_context_bytes
 from clusterfusion.seed_api.layer import Results
 from clusterfusion.seed_api.llama import llama_decoder_layer, llama_decoder_layer_sglang, rmsnorm
+from clusterfusion.seed_api.llama_batch import llama_decoder_layer_batch_decode_sglang
 
 __all__ = [
     "graph_context_bytes",
     "llama_decoder_layer",
+    "llama_decoder_layer_batch_decode_sglang",
     "llama_decoder_layer_sglang",
     "pythia_2b8_attention_only",
     "pythia_2b8_create_graph_context",
