@@ -39,6 +39,9 @@ _PUBLIC = {
     "pythia_6b9_create_graph_context": "clusterfusion.seed_api",
     "pythia_6b9_graph_decode_step": "clusterfusion.seed_api",
     "pythia_6b9_destroy_graph_context": "clusterfusion.seed_api",
+    "llama_decoder_layer": "clusterfusion.seed_api",
+    "llama_decoder_layer_batch_decode_sglang": "clusterfusion.seed_api",
+    "llama_decoder_layer_sglang": "clusterfusion.seed_api",
     "rmsnorm": "clusterfusion.seed_api",
     "ClusterFusionError": "clusterfusion.errors",
     "ArgumentError": "clusterfusion.errors",
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
     from clusterfusion.ops import decoder_layer, layer_norm, rms_norm
     from clusterfusion.seed_api import (
+        llama_decoder_layer,
+        llama_decoder_layer_batch_decode_sglang,
+        llama_decoder_layer_sglang,
         pythia_2b8_attention_only,
         pythia_2b8_create_graph_context,
         pythia_2b8_decoder_layer,

@@ -22,6 +22,7 @@ WIDE_HEADS = dataclasses.replace(
 ONE_KV_HEAD = dataclasses.replace(
     named_shape("llama-3.2-3b"), num_heads=32, num_kv_heads=1, head_dim=96, rotary=RotaryConfig(nominal_dim=96)
 )
+NEIGHBOURS = dataclasses.replace(named_shape("llama-2-7b"), rotary=RotaryConfig(nominal_dim=128, neighbours=True))
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
     ("6.9b in bf16", named_shape("pythia-6.9b"), H200, "sm_90a", "bfloat16", "float32"),
@@ -40,6 +41,7 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("LLaMA 1b", named_shape("llama-3.2-1b"), H200, "sm_90a", "bfloat16", "float32"),
     ("LLaMA 8b", named_shape("llama-3.1-8b"), H200, "sm_90a", "bfloat16", "float32"),
     ("LLaMA 7b, fp16 residual", named_shape("llama-2-7b"), H200, "sm_90a", "float16", "float16"),
+    ("LLaMA 7b in neighbours, fp16 residual", NEIGHBOURS, H200, "sm_90a", "float16", "float16"),
     ("LLaMA 70b", named_shape("llama-3.1-70b"), H200, "sm_90a", "bfloat16", "float32"),
     ("LLaMA, heads of 256, biases", WIDE_HEADS, H200, "sm_90a", "float16", "float32"),
     ("LLaMA, one K/V head of 96", ONE_KV_HEAD, H200, "sm_90a", "float16", "float32"),

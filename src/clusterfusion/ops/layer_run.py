@@ -60,17 +60,23 @@ def on_cpu(
     at, max_len = int(position.item()), k.shape[1]
     if not 0 <= at < max_len:
         raise ArgumentError(f"position is {at}; it must be from 0 to {max_len - 1}, the last row of k_cache")
+    cos, sin = angles_at(config, tables, at)
+    row = x.reshape(1, -1).float()
+    with torch.autocast("cpu", enabled=False):
+        out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
+    return out.to(x.dtype).reshape(x.shape), k[:, at].clone(), v[:, at].clone()
+
+
+def angles_at(config: DecoderConfig, tables: RotaryTables, position: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of a position as the reference takes them."""
     half = config.rotary.dim // 2
-    cos, sin = (table[at if tables.row_stride else 0] for table in (tables.cos, tables.sin))
+    cos, sin = (table[position if tables.row_stride else 0] for table in (tables.cos, tables.sin))
     second = tables.second_angles
     if config.rotary.neighbours and second:
         cos, sin = (t[: 2 * half].unflatten(0, (half, 2)).T[None] for t in (cos, sin))  # [1, 2, half]
     else:
         cos, sin = (torch.stack((t[:half], t[second : second + half]))[None] for t in (cos, sin))
-    row = x.reshape(1, -1).float()
-    with torch.autocast("cpu", enabled=False):
-        out = reference.decoder_layer(config, weights, row, cos, sin, k, v, at, dtype=k.dtype)
-    return out.to(x.dtype).reshape(x.shape), k[:, at].clone(), v[:, at].clone()
+    return cos, sin
 
 
 def on_gpu(

@@ -1,4 +1,5 @@
-"""The functions of the project's seed, argument for argument: one decoder layer of Pythia-2.8B or 6.9B at one token.
+"""The functions of the project's seed, argument for argument: one decoder layer of Pythia-2.8B or 6.9B at one token, and the
+attention half of one of Llama-2-7B.
 
 Each is `clusterfusion.decoder_layer`, or segments of the same program, at one shape and in float16. Inference only: no
 gradient is recorded.
@@ -12,10 +13,14 @@ from clusterfusion.seed_api import graph_context, layer
 from clusterfusion.seed_api.checks import PYTHIA_2B8, PYTHIA_6B9
 from clusterfusion.seed_api.graph_context import graph_context_bytes
 from clusterfusion.seed_api.layer import Results
-from clusterfusion.seed_api.llama import rmsnorm
+from clusterfusion.seed_api.llama import llama_decoder_layer, llama_decoder_layer_sglang, rmsnorm
+from clusterfusion.seed_api.llama_batch import llama_decoder_layer_batch_decode_sglang
 
 __all__ = [
     "graph_context_bytes",
+    "llama_decoder_layer",
+    "llama_decoder_layer_batch_decode_sglang",
+    "llama_decoder_layer_sglang",
     "pythia_2b8_attention_only",
     "pythia_2b8_create_graph_context",
     "pythia_2b8_decoder_layer",

@@ -84,10 +84,10 @@ def check(shape: Shape, device: torch.device, **tensors: object) -> None:
         ):
             require_tensor(name, tensor, size, dtype, device)
         elif "weight" in name or "bias" in name:
-            _check_aligned(name, tensor)
+            check_aligned(name, tensor)
 
 
-def _check_aligned(name: str, tensor: Tensor) -> None:
+def check_aligned(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "cuda" and tensor.data_ptr() % ALIGNMENT:
         raise ArgumentError(
             f"{name} is at address {tensor.data_ptr():#x}; it must be at a multiple of {ALIGNMENT} bytes: clone it"
@@ -110,7 +110,7 @@ def check_caches(shape: Shape, device: torch.device, k_cache: object, v_cache: o
             strides[1] == 1 and rows_ok,
             f"of dense rows, whole multiples of {ALIGNMENT} bytes apart",
         )
-        _check_aligned(name, cache)
+        check_aligned(name, cache)
         require_not_negated(name, cache)
     assert isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)
     seen, needed = ((list(t.shape), t.stride()) for t in (v_cache, k_cache))
