@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from clusterfusion.architecture import DecoderConfig
+from clusterfusion.bench.causal_lm import llama_config
 from clusterfusion.random_weights import uniform
 from clusterfusion.weights import DecoderWeights, assemble
 
@@ -74,29 +75,7 @@ def real_gpt_neox(config: DecoderConfig, device: torch.device) -> GPTNeoXForCaus
 
 def real_llama(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     """The same of a LLaMA shape, in `dtype`."""
-    r = config.rotary
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": r.theta}
-    if r.scaling != "none":
-        rope |= {"rope_type": r.scaling, "factor": r.factor}
-    if r.scaling == "llama3":
-        rope |= {"low_freq_factor": r.low_freq_factor, "high_freq_factor": r.high_freq_factor}
-        rope["original_max_position_embeddings"] = r.original_max_position
-    options = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=rope,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        tie_word_embeddings=config.tied_embeddings,
-    )
-    return _real(LlamaForCausalLM, options, dtype, device)
+    return _real(LlamaForCausalLM, llama_config(config), dtype, device)
 
 
 def _real(make: Any, options: Any, dtype: torch.dtype, device: torch.device) -> Any:

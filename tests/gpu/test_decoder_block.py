@@ -136,16 +136,19 @@ def noisy_cache(weights: DecoderWeights, *, token_major: bool = False) -> refere
 
 @pytest.mark.parametrize("name", ["pythia-2.8b", "pythia-6.9b", "redpajama-incite-3b"])
 def test_a_thousand_repeats_have_the_same_bits(name: str) -> None:
-    weights = layers_of(name, 2)
-    other = torch.cuda.Stream()
-    a = torch.randn(2048, 2048, device=GPU)
+    check_repeats(layers_of(name, 2))
+
+
+def check_repeats(weights: DecoderWeights) -> None:
+    """Every mode, a thousand times beside someone else's kernel, but `split`, which takes longest."""
+    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=GPU)
     for mode, repeats in (("model", 1000), ("fused", 1000), ("graph", 1000), ("split", 200)):
         decoder = make_decoder(weights, noisy_cache(weights), mode)
         first = one_step(decoder, 1500)
         for repeat in range(repeats):
             if repeat % 10 == 0:
                 with torch.cuda.stream(other):
-                    a @ a  # someone else's kernel beside ours
+                    a @ a
             assert torch.equal(one_step(decoder, 1500), first), f"{mode}: repeat {repeat} differs"
 
 

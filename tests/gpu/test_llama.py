@@ -13,6 +13,7 @@ from gpu.test_decoder_block import (
     GPU,
     MODES,
     assert_closer_to_truth,
+    check_repeats,
     make_decoder,
     noisy_cache,
     of_transformers,
@@ -130,16 +131,7 @@ def layers_of(name: str, layers: int, **changes: Any) -> DecoderWeights:
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "tinyllama-1.1b", "smollm-135m"])
 def test_a_thousand_repeats_have_the_same_bits(name: str) -> None:
-    weights = layers_of(name, 2, max_position=2048)
-    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=GPU)
-    for mode, repeats in (("model", 1000), ("fused", 1000), ("graph", 1000), ("split", 200)):
-        decoder = make_decoder(weights, noisy_cache(weights), mode)
-        first = one_step(decoder, 1500)
-        for repeat in range(repeats):
-            if repeat % 10 == 0:
-                with torch.cuda.stream(other):
-                    a @ a  # someone else's kernel beside ours
-            assert torch.equal(one_step(decoder, 1500), first), f"{mode}: repeat {repeat} differs"
+    check_repeats(layers_of(name, 2, max_position=2048))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "smollm-135m"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ops.layer_case import ROOM, LayerCase
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -22,7 +23,6 @@ from clusterfusion.random_weights import random_weights
 from clusterfusion.weights import LayerWeights
 
 CPU = torch.device("cpu")
-ROOM = 40
 
 
 def small(**changes: Any) -> DecoderConfig:
@@ -30,41 +30,12 @@ def small(**changes: Any) -> DecoderConfig:
     return dataclasses.replace(named_shape("pythia-14m"), **changes)
 
 
-class Case:
-    """A layer, a cache of noise, and a call's arguments."""
-
+class Case(LayerCase):
     def __init__(
         self, dtype: torch.dtype = torch.float16, x_dtype: torch.dtype = torch.float32, **changes: Any
     ) -> None:
-        self.config = small(**changes)
-        self.weights = random_weights(self.config, seed=3, dtype=dtype, device=CPU).layers[0]
-        generator = torch.Generator().manual_seed(5)
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        c = self.config
-        self.x = noise(1, c.hidden_size).to(x_dtype)
-        self.k, self.v = (noise(c.num_heads, ROOM, c.head_dim).to(dtype) for _ in range(2))
-        self.cos, self.sin = reference.rotary_tables(c.rotary, torch.arange(ROOM), torch.float32)
-
-    def arguments(self, **changes: Any) -> dict[str, Any]:
-        return {
-            "x": self.x,
-            "layer_weights": self.weights,
-            "k_cache": self.k,
-            "v_cache": self.v,
-            "position": 7,
-            "cos": self.cos,
-            "sin": self.sin,
-            "rotary_dim": self.config.rotary.dim,
-            "eps": self.config.norm_eps,
-            "activation": self.config.activation,
-            "parallel_residual": self.config.parallel_residual,
-        } | changes
-
-    def call(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return clusterfusion.decoder_layer(**self.arguments(**changes))
+        config = small(**changes)
+        super().__init__(config, random_weights(config, seed=3, dtype=dtype, device=CPU).layers[0], dtype, x_dtype)
 
 
 def token_major(cache: Tensor) -> Tensor:

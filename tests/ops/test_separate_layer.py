@@ -9,53 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from ops.layer_case import ROOM, LayerCase
 from tiny_models import relative_error, tiny_llama, weights_of
 from torch import Tensor
 
 import clusterfusion
 from clusterfusion import reference
-from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.separate_layer import _WEIGHTS
 from clusterfusion.weights import LayerWeights
 
-ROOM = 40
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
-class Case:
-    """A layer, a cache of noise, and a call's arguments."""
-
+class Case(LayerCase):
     def __init__(self, dtype: torch.dtype = torch.float16, **options: Any) -> None:
         self.model = tiny_llama(num_hidden_layers=1, max_position_embeddings=ROOM, **options).to(dtype)
         whole = weights_of(self.model)
-        self.config: DecoderConfig = whole.config
-        self.weights = whole.layers[0]
-        generator = torch.Generator().manual_seed(5)
-        c = self.config
-        self.x = torch.randn(1, c.hidden_size, generator=generator)
-        self.k, self.v = (
-            torch.randn(c.num_kv_heads, ROOM, c.head_dim, generator=generator).to(dtype) for _ in range(2)
-        )
-        self.cos, self.sin = reference.rotary_tables(c.rotary, torch.arange(ROOM), torch.float32)
-
-    def arguments(self, **changes: Any) -> dict[str, Any]:
-        return {
-            "x": self.x,
-            "layer_weights": self.weights,
-            "k_cache": self.k,
-            "v_cache": self.v,
-            "position": 7,
-            "cos": self.cos,
-            "sin": self.sin,
-            "rotary_dim": self.config.rotary.dim,
-            "eps": self.config.norm_eps,
-            "activation": "silu",
-            "parallel_residual": False,
-        } | changes
-
-    def call(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return clusterfusion.decoder_layer(**self.arguments(**changes))
+        super().__init__(whole.config, whole.layers[0], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from plan import kernel_arithmetic as kernel
 from plan.kernel_arithmetic import Array
+from tiny_models import relative_error
 
 from clusterfusion import reference
 from clusterfusion.plan import BlockPlan, step, step_schedule
@@ -438,3 +439,18 @@ class Cta:
         for part in self.find(f"{matrix}_sums", matrix, layer).T:
             value = value + part
         return value
+
+
+def check_computes(interpreter: StepInterpreter, ids: torch.Tensor, cache: reference.KVCache) -> None:
+    """That the step of the last of `ids` is the reference's, its key and value too, and in other orders of the CTAs the same bits.
+    The reference writes the cache."""
+    logits, token = interpreter.run(seed=0)
+    position = interpreter.position
+    wanted = reference.forward(interpreter.weights, ids[-1:], cache, position)
+    assert relative_error(torch.from_numpy(logits), wanted) < 1e-5
+    assert token == int(wanted.argmax())
+    for new, cached in ((interpreter.new_keys, cache.k), (interpreter.new_values, cache.v)):
+        assert relative_error(torch.from_numpy(new), cached[:, :, position]) < 1e-5
+    for seed in range(1, 4):
+        again, token_again = interpreter.run(seed)
+        assert np.array_equal(again, logits) and token_again == token, f"other bits in another order, {seed}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from plan.orders import ORDERS
-from plan.step_interpreter import StepInterpreter
+from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_gpt_neox, weights_of
 from torch import Tensor
 
@@ -102,16 +102,7 @@ def test_the_cases_have_every_order_and_both_deals_of_up() -> None:
 def test_the_schedule_computes_the_model(case: Case, order: Order) -> None:
     plan, weights, cache, ids = case.build(order)
     check_step(plan)
-    interpreter = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position)
-    logits, token = interpreter.run(seed=0)
-    wanted = reference.forward(weights, ids[-1:], cache, case.position)
-    assert relative_error(torch.from_numpy(logits), wanted) < 1e-5
-    assert token == int(wanted.argmax())
-    for new, cached in ((interpreter.new_keys, cache.k), (interpreter.new_values, cache.v)):
-        assert relative_error(torch.from_numpy(new), cached[:, :, case.position]) < 1e-5
-    for seed in range(1, 4):
-        again, token_again = interpreter.run(seed)
-        assert np.array_equal(again, logits) and token_again == token, f"other bits in another order, {seed}"
+    check_computes(StepInterpreter(plan, weights, cache, int(ids[-1]), case.position), ids, cache)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES.values() if len(case.orders) > 1])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clusterfusion.architecture import DecoderConfig
 from clusterfusion.bench.peers import cache_keyword, shared_model
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.errors import ClusterFusionError
@@ -150,10 +151,11 @@ def _shared_gpt_neox(weights: DecoderWeights) -> Any:
     return model
 
 
-def _shared_llama(weights: DecoderWeights) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(config: DecoderConfig) -> Any:
+    """transformers' LlamaConfig of a LLaMA model."""
+    from transformers import LlamaConfig
 
-    c = weights.config
+    c = config
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary.theta}
     if c.rotary.scaling != "none":
         rope |= {"rope_type": c.rotary.scaling, "factor": c.rotary.factor}
@@ -163,7 +165,7 @@ def _shared_llama(weights: DecoderWeights) -> Any:
             "high_freq_factor": c.rotary.high_freq_factor,
             "original_max_position_embeddings": c.rotary.original_max_position,
         }
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
@@ -179,6 +181,12 @@ def _shared_llama(weights: DecoderWeights) -> Any:
         tie_word_embeddings=c.tied_embeddings,
         attn_implementation="sdpa",
     )
+
+
+def _shared_llama(weights: DecoderWeights) -> Any:
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(weights.config)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {

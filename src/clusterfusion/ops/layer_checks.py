@@ -23,8 +23,7 @@ WITH_ADDRESS = (Tensor, torch.nn.Parameter)  # subclasses, FakeTensor among them
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = get_args(Activation)
 MAY_BE_NONE = ("qkv_bias", "q_bias", "k_bias", "v_bias", "o_bias", "gate_weight", "gate_bias", "up_bias", "down_bias")
-EPS_NEEDED = "a positive number, neither 0 nor infinite in float32"
-LEAST_EPS, LARGEST_EPS = 2.0**-149, torch.finfo(torch.float32).max
+LEAST_EPS, LARGEST_EPS = 2.0**-149, torch.finfo(torch.float32).max  # in float32 not 0, and not infinite
 CACHE_SHAPES = "[kv_heads, max_len, head_dim] or [max_len, kv_heads * head_dim]"
 
 
@@ -147,8 +146,7 @@ def checked_options(
     even = f"an even int from 0 to {head_dim}, the size of a head"
     dim = as_int("rotary_dim", rotary_dim, 0, head_dim, even)
     require("rotary_dim", dim, dim % 2 == 0, even)
-    epsilon = as_float("eps", eps, EPS_NEEDED)
-    require("eps", epsilon, LEAST_EPS <= epsilon <= LARGEST_EPS, EPS_NEEDED)
+    epsilon = checked_eps(eps)
     choices = (("activation", activation, ACTIVATIONS), ("form", form, FORMS), ("pairing", pairing, PAIRINGS))
     for name, value, known in choices:
         if not (isinstance(value, str) and value in known):
@@ -156,6 +154,13 @@ def checked_options(
     if not isinstance(parallel_residual, bool):
         raise ArgumentError(f"parallel_residual is {shown(parallel_residual)}; it must be True or False")
     return dim, epsilon
+
+
+def checked_eps(eps: object) -> float:
+    needed = "a positive number, neither 0 nor infinite in float32"
+    value = as_float("eps", eps, needed)
+    require("eps", value, LEAST_EPS <= value <= LARGEST_EPS, needed)
+    return value
 
 
 def require_weight_dtype(name: str, weight: Tensor) -> None:

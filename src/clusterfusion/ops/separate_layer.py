@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,8 @@ _WEIGHTS = (
     *("input_norm_weight", "input_norm_bias", "post_norm_weight", "post_norm_bias"),
 )
 _NEEDED = (
-    "q_weight",
-    "k_weight",
-    "v_weight",
-    "o_weight",
-    "up_weight",
-    "down_weight",
-    "input_norm_weight",
-    "post_norm_weight",
+    *("q_weight", "k_weight", "v_weight", "o_weight", "up_weight", "down_weight"),
+    *("input_norm_weight", "post_norm_weight"),
 )
 
 
@@ -62,37 +58,16 @@ _SCHEMA = (
 
 @torch.library.custom_op("clusterfusion::separate_decoder_layer", mutates_args=("k_cache", "v_cache"), schema=_SCHEMA)
 @torch.no_grad()
-def _separate_decoder_layer(
-    x: Tensor, position: Tensor,
-    q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, k_bias: Tensor | None, v_weight: Tensor,
-    v_bias: Tensor | None, o_weight: Tensor, o_bias: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
-    input_norm_weight: Tensor, input_norm_bias: Tensor | None, post_norm_weight: Tensor, post_norm_bias: Tensor | None,
-    k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
-    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weights = LayerWeights(
-        q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias, v_weight=v_weight, v_bias=v_bias,
-        o_weight=o_weight, o_bias=o_bias, gate_weight=gate_weight, gate_bias=gate_bias, up_weight=up_weight,
-        up_bias=up_bias, down_weight=down_weight, down_bias=down_bias, input_norm_weight=input_norm_weight,
-        input_norm_bias=input_norm_bias, post_norm_weight=post_norm_weight, post_norm_bias=post_norm_bias,
-        qkv_weight=None, qkv_bias=None,
-    )  # fmt: skip
+def _separate_decoder_layer(x: Tensor, position: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`rest`: as the schema has it, the weights first."""
+    tensors, others = rest[: len(_WEIGHTS)], rest[len(_WEIGHTS) :]
+    weights = LayerWeights(**dict(zip(_WEIGHTS, tensors, strict=True)), qkv_weight=None, qkv_bias=None)
     check_heads(layer_tensors(weights))
     check_separate(weights)
-    options = (rotary_dim, eps, activation, parallel_residual, form, pairing)
-    return checked_run(x, position, weights, k_cache, v_cache, cos, sin, *options)
+    return checked_run(x, position, weights, *others)
 
 
 @_separate_decoder_layer.register_fake
-def _(
-    x: Tensor, position: Tensor,
-    q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, k_bias: Tensor | None, v_weight: Tensor,
-    v_bias: Tensor | None, o_weight: Tensor, o_bias: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
-    input_norm_weight: Tensor, input_norm_bias: Tensor | None, post_norm_weight: Tensor, post_norm_bias: Tensor | None,
-    k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor,
-    rotary_dim: int, eps: float, activation: str, parallel_residual: bool, form: str, pairing: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor, position: Tensor, q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, *rest: Any) -> Any:
     new = (k_weight.shape[0], k_weight.shape[1])
     return x.new_empty(x.shape), k_weight.new_empty(new), k_weight.new_empty(new)

@@ -8,7 +8,7 @@ from torch import Tensor
 from clusterfusion.arguments import require, require_dense
 from clusterfusion.jit.cluster_norm import MAX_HIDDEN
 from clusterfusion.ops.attention_half import attention_half
-from clusterfusion.ops.layer_checks import require_tensor
+from clusterfusion.ops.layer_checks import checked_eps, require_tensor
 from clusterfusion.ops.norm import rms_norm
 from clusterfusion.seed_api.checks import device_of
 from clusterfusion.seed_api.llama_checks import (
@@ -18,7 +18,6 @@ from clusterfusion.seed_api.llama_checks import (
     check_cached,
     check_rows,
     check_written,
-    checked_eps,
     checked_weights,
     half_config,
 )

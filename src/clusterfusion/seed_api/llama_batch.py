@@ -14,7 +14,7 @@ from torch import Tensor
 from clusterfusion.arguments import as_int, require, require_dense
 from clusterfusion.errors import ArgumentError
 from clusterfusion.ops.attention_half import attention_half
-from clusterfusion.ops.layer_checks import require_tensor
+from clusterfusion.ops.layer_checks import checked_eps, require_tensor
 from clusterfusion.ops.layer_launch import ALIGNMENT
 from clusterfusion.seed_api.checks import device_of
 from clusterfusion.seed_api.llama_checks import (
@@ -23,7 +23,6 @@ from clusterfusion.seed_api.llama_checks import (
     by_heads,
     check_rows,
     check_written,
-    checked_eps,
     checked_weights,
     half_config,
 )

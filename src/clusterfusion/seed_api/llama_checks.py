@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from clusterfusion.architecture import DecoderConfig
-from clusterfusion.arguments import as_float, require, require_dense
+from clusterfusion.arguments import require, require_dense
 from clusterfusion.errors import ArgumentError
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.attention_half import AttentionWeights, WeightOrder
-from clusterfusion.ops.layer_checks import EPS_NEEDED, LARGEST_EPS, LEAST_EPS, Pairing, require_tensor
+from clusterfusion.ops.layer_checks import Pairing, require_tensor
 from clusterfusion.seed_api.checks import check_aligned
 
 LLAMA = named_shape("llama-2-7b")
@@ -23,12 +23,6 @@ def half_config(eps: float, pairing: Pairing) -> DecoderConfig:
     """The model whose attention half the functions are; its MLP does not run."""
     rotary = dataclasses.replace(LLAMA.rotary, neighbours=pairing == "neighbours")
     return dataclasses.replace(LLAMA, norm_eps=eps, rotary=rotary)
-
-
-def checked_eps(eps: object) -> float:
-    value = as_float("eps", eps, EPS_NEEDED)
-    require("eps", value, LEAST_EPS <= value <= LARGEST_EPS, EPS_NEEDED)
-    return value
 
 
 def check_rows(device: torch.device, rows: int, **tensors: object) -> None:

@@ -107,12 +107,10 @@ class Attention : public CtaState<S> {
         }
 #pragma unroll
         for (int i = 0; i < kTogether; i++) {
-          float highest = maximum[i];
+          float highest = -kInfinity;
 #pragma unroll
           for (int n = 0; n < kLoaded; n++) highest = fmaxf(highest, scales[i][n].x);
-          const float base = highest == -kInfinity ? 0.0f : highest;  // all so far are empty, or overflowed
-          const float keep = exp2f(maximum[i] - base);
-          maximum[i] = highest;
+          const auto [base, keep] = raise_maximum(maximum[i], highest);
           sum[i] *= keep;
           value[i].x *= keep, value[i].y *= keep, value[i].z *= keep, value[i].w *= keep;
 #pragma unroll

@@ -35,6 +35,18 @@ struct SoftmaxScale {
   float maximum, sum;
 };
 
+// Raises the running maximum of scores to at least `highest`. Scores count relative to `base`; of sums so far, `keep` remains.
+struct Raised {
+  float base, keep;
+};
+__device__ __forceinline__ Raised raise_maximum(float& maximum, float highest) {
+  const float raised = fmaxf(maximum, highest);
+  const float base = raised == -kInfinity ? 0.0f : raised;  // all so far are empty, or a key overflowed and put them at -infinity
+  const float keep = exp2f(maximum - base);
+  maximum = raised;
+  return {base, keep};
+}
+
 // How a head is laid out over a warp: lane = token in the group * kLanes + chunk of eight dimensions.
 template <typename Tiles>
 struct AttentionLane {
@@ -95,10 +107,7 @@ class AttentionWarp {
     }
 #pragma unroll
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-    const float maximum = fmaxf(maximum_, highest);
-    const float base = maximum == -kInfinity ? 0.0f : maximum;  // a key that overflowed can put all scores at -infinity
-    const float keep = exp2f(maximum_ - base);
-    maximum_ = maximum;
+    const auto [base, keep] = raise_maximum(maximum_, highest);
     sum_ *= keep;
 #pragma unroll
     for (int k = 0; k < kVector; k++) values_[k] *= keep;
@@ -235,10 +244,7 @@ class GroupedAttentionWarp {
     }
 #pragma unroll
     for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-    const float maximum = fmaxf(maximum_, highest);
-    const float base = maximum == -kInfinity ? 0.0f : maximum;  // a key that overflowed can put all scores at -infinity
-    const float keep = exp2f(maximum_ - base);
-    maximum_ = maximum;
+    const auto [base, keep] = raise_maximum(maximum_, highest);
     sum_ *= keep;
     for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
       if (!mine) continue;
