@@ -72,3 +72,18 @@ def device_limits(index: int = 0) -> DeviceLimits:
         raise DeviceError(
             f"no CUDA device {index}: {type(error).__name__}: {error}. Is the NVIDIA driver there?"
         ) from error
+
+
+def is_device_memory(address: int, device_index: int) -> bool:
+    """Whether an address lies in memory of CUDA device `device_index`, as the driver tells it."""
+    import torch
+    from cuda.bindings import driver
+
+    attribute = driver.CUpointer_attribute
+    wanted = (attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
+    with torch.cuda.device(device_index):
+        answers = [driver.cuPointerGetAttribute(name, address) for name in wanted]
+    if any(status != driver.CUresult.CUDA_SUCCESS for status, _ in answers):
+        return False  # an address that no allocation of CUDA's has
+    kind, ordinal = (int(value) for _, value in answers)
+    return kind == int(driver.CUmemorytype.CU_MEMORYTYPE_DEVICE) and ordinal == device_index

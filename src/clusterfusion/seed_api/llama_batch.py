@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from clusterfusion.arguments import as_int, require, require_dense
 from clusterfusion.errors import ArgumentError
+from clusterfusion.jit.device import is_device_memory
 from clusterfusion.ops.attention_half import attention_half
 from clusterfusion.ops.layer_checks import checked_eps, require_tensor
 from clusterfusion.ops.layer_launch import ALIGNMENT
@@ -170,11 +170,9 @@ def _at_address(name: str, address: int, rows: int, device: torch.device) -> Ten
     if device.type == "cpu":
         memory = (ctypes.c_char * (2 * rows * HIDDEN)).from_address(address)
         return torch.frombuffer(memory, dtype=torch.float16).view(rows, HIDDEN)
-    tensor = None
-    with contextlib.suppress(RuntimeError):  # for an address of no GPU
-        tensor = torch.as_tensor(_DeviceMemory(address, rows), device=device)
-    if tensor is None or tensor.data_ptr() != address:  # a copy, of another GPU's memory
+    assert device.index is not None
+    if not is_device_memory(address, device.index):
         raise ArgumentError(
             f"{name} holds {address:#x}, which is no memory of {device}; it must be the address of a cache there"
         )
-    return tensor
+    return torch.as_tensor(_DeviceMemory(address, rows), device=device)
