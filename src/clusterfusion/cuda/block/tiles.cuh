@@ -99,9 +99,16 @@ class TileWarps : public CtaState<S> {
       gemv_rows<HiddenTiles>(2 * rows, x2, [&](int row, float value) { s_.up_sums[row] = value; });
       this->signal(kExpanded);
     } else {
-      gemv_rows<HiddenTiles>(rows, x2, [&](int row, float value) {
-        static_cast<W*>(u_.h)[first + row] = from_float<W>(activate<S::kActivation>(value + s_.biases[kUpBias + row]));
-      });
+      float kept = 0;
+      int kept_row = -1;  // the activation takes one lane as long as all lanes
+      gemv<W, HiddenTiles>(
+          ring_, rows, x2, lane_, [&](int row, int, float value) { kept = value, kept_row = row; },
+          [&] {
+            if (kept_row < 0) return;
+            const float h = activate<S::kActivation>(kept + s_.biases[kUpBias + kept_row]);
+            static_cast<W*>(u_.h)[first + kept_row] = from_float<W>(h);
+            kept_row = -1;
+          });
       this->signal(kExpanded);
       if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
     }

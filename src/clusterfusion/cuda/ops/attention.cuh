@@ -56,12 +56,18 @@ struct AttentionLane {
       : token(lane / Tiles::kLanes), chunk(lane % Tiles::kLanes), active(lane < Tiles::kTogether * Tiles::kLanes) {}
 };
 
-// Sum over the kLanes lanes of a group, left on its first one. A fixed order: halving strides from the next power of two.
+template <int kCount>
+constexpr bool kPowerOfTwo = (kCount & (kCount - 1)) == 0;
+
+// Sum over the kLanes lanes of a group, left on its first one. A fixed order: halving strides from the next power of two; of as many
+// lanes, all get it, since a butterfly's pairs are the same.
 template <int kLanes>
 __device__ __forceinline__ float group_sum_of_first(float value, int chunk) {
 #pragma unroll
   for (int stride = 16; stride > 0; stride /= 2) {
-    if (stride < kLanes) {
+    if (stride < kLanes && kPowerOfTwo<kLanes>) {
+      value += __shfl_xor_sync(kAllLanes, value, stride);
+    } else if (stride < kLanes) {
       const float other = __shfl_down_sync(kAllLanes, value, stride);
       if (chunk < stride && chunk + stride < kLanes) value += other;
     }
@@ -72,7 +78,26 @@ __device__ __forceinline__ float group_sum_of_first(float value, int chunk) {
 template <int kLanes>
 __device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
   value = group_sum_of_first<kLanes>(value, chunk);
-  return kLanes > 1 ? __shfl_sync(kAllLanes, value, leader) : value;
+  return kPowerOfTwo<kLanes> ? value : __shfl_sync(kAllLanes, value, leader);
+}
+
+// The highest of the groups' values, each of which all lanes of its group have; on all lanes of all groups.
+template <typename Tiles>
+__device__ __forceinline__ float highest_of_groups(float value, int lane) {
+  if constexpr (kPowerOfTwo<Tiles::kLanes>) {
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask >= Tiles::kLanes; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
+    return value;
+  } else {
+    constexpr int kActive = Tiles::kTogether * Tiles::kLanes;
+    float highest = value;
+#pragma unroll
+    for (int group = 1; group < Tiles::kTogether; group++) {
+      const int from = lane + group * Tiles::kLanes;
+      highest = fmaxf(highest, __shfl_sync(kAllLanes, value, from < kActive ? from : from - kActive));
+    }
+    return highest;
+  }
 }
 
 // One warp's running state over its tiles, of one query head: all of it in registers.
@@ -80,7 +105,7 @@ template <typename W, typename Tiles>
 class AttentionWarp {
  public:
   struct Scores {};  // needs no memory of its own
-  __device__ AttentionWarp(int lane, const float* query, Scores&) : at_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
+  __device__ AttentionWarp(int lane, const float* query, Scores&) : at_(lane), lane_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
 #pragma unroll
     for (int k = 0; k < kVector; k++) q_[k] = at_.active ? query[at_.chunk * kVector + k] : 0.0f, values_[k] = 0.0f;
   }
@@ -94,34 +119,31 @@ class AttentionWarp {
     for (int pass = 0; pass < Tiles::kPasses; pass++) {
       const int token = pass * Tiles::kTogether + at_.token;
       const bool valid = at_.active && token < tokens;
-      float dot = 0;
-      if (valid) {
-        float k[kVector];
-        unpack8<W>(keys[token * Tiles::kLanes + at_.chunk], k);
+      uint4 packed = {};
+      if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
+      float k[kVector], dot = 0;
+      unpack8<W>(packed, k);
 #pragma unroll
-        for (int i = 0; i < kVector; i++) dot = fmaf(q_[i], k[i], dot);
-      }
+      for (int i = 0; i < kVector; i++) dot = fmaf(q_[i], k[i], dot);
       dot = group_sum<Tiles::kLanes>(dot, at_.chunk, leader_);
       score[pass] = valid ? dot : -kInfinity;
       highest = fmaxf(highest, score[pass]);
     }
-#pragma unroll
-    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-    const auto [base, keep] = raise_maximum(maximum_, highest);
+    const auto [base, keep] = raise_maximum(maximum_, highest_of_groups<Tiles>(highest, lane_));
     sum_ *= keep;
 #pragma unroll
     for (int k = 0; k < kVector; k++) values_[k] *= keep;
 #pragma unroll
     for (int pass = 0; pass < Tiles::kPasses; pass++) {
       const int token = pass * Tiles::kTogether + at_.token;
-      if (at_.active && token < tokens) {
-        const float p = exp2f(score[pass] - base);
-        float v[kVector];
-        unpack8<W>(values[token * Tiles::kLanes + at_.chunk], v);
-        sum_ += p;
+      uint4 packed = {};
+      if (at_.active && token < tokens) packed = values[token * Tiles::kLanes + at_.chunk];
+      const float p = exp2f(score[pass] - base);  // 0 for a token that is not there
+      float v[kVector];
+      unpack8<W>(packed, v);
+      sum_ += p;
 #pragma unroll
-        for (int k = 0; k < kVector; k++) values_[k] = fmaf(p, v[k], values_[k]);
-      }
+      for (int k = 0; k < kVector; k++) values_[k] = fmaf(p, v[k], values_[k]);
     }
   }
 
@@ -144,7 +166,7 @@ class AttentionWarp {
 
  private:
   AttentionLane<Tiles> at_;
-  int leader_;
+  int lane_, leader_;
   float q_[kVector], values_[kVector];
   float maximum_ = -kInfinity, sum_ = 0;
 };
@@ -206,12 +228,14 @@ class GroupedAttentionWarp {
 
  private:
   __device__ __forceinline__ void score(const uint4* keys, int tokens) {
-#pragma unroll 1
+#pragma unroll 2
     for (int first = 0; first < tokens; first += Tiles::kTogether) {
       const int token = first + at_.token;
       const bool valid = at_.active && token < tokens;
-      float k[kVector] = {};
-      if (valid) unpack8<W>(keys[token * Tiles::kLanes + at_.chunk], k);
+      uint4 packed = {};
+      if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
+      float k[kVector];
+      unpack8<W>(packed, k);
 #pragma unroll 1
       for (int first_query = 0; first_query < kQueries; first_query += kAtOnce) {
         float dots[kAtOnce];
@@ -256,7 +280,7 @@ class GroupedAttentionWarp {
   }
 
   __device__ __forceinline__ void weigh(const unsigned* values, int tokens) {
-#pragma unroll 2
+#pragma unroll 4
     for (int token = 0; token < tokens; token++) {
       float2 v[kSteps];
 #pragma unroll
