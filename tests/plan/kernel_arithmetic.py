@@ -39,7 +39,7 @@ def butterfly(values: Array) -> Array:
 
 def gemv(weights: Array, x: Array, parts: Sequence[int]) -> Array:
     """weights [rows, columns] times x [columns]: the sums [rows, parts] of ops/gemv.cuh. Lane l takes the vectors of eight
-    l, l + 32, ... of each part, in order, into four sums of two elements of a vector each."""
+    l, l + 32, ... of each part, in order, into two sums, of a vector's first four elements and its last."""
     sums = []
     start = 0
     for elements in parts:
@@ -47,11 +47,11 @@ def gemv(weights: Array, x: Array, parts: Sequence[int]) -> Array:
         padding = (0, steps * VECTOR * WARP - elements)  # lanes without a vector add nothing, and fma(0, 0, sum) is sum
         w = np.pad(weights[:, start : start + elements], ((0, 0), padding)).reshape(-1, steps, WARP, VECTOR)
         v = np.pad(x[start : start + elements], padding).reshape(steps, WARP, VECTOR)
-        four = [np.zeros((len(weights), WARP), x.dtype) for _ in range(4)]
+        halves = [np.zeros((len(weights), WARP), x.dtype) for _ in range(2)]
         for step in range(steps):
             for k in range(VECTOR):
-                four[k // 2] = fma(w[:, step, :, k], v[step, :, k], four[k // 2])
-        sums.append(butterfly((four[0] + four[1]) + (four[2] + four[3])))
+                halves[k // 4] = fma(w[:, step, :, k], v[step, :, k], halves[k // 4])
+        sums.append(butterfly(halves[0] + halves[1]))
         start += elements
     assert start == weights.shape[1] == len(x)
     return np.stack(sums, axis=1)

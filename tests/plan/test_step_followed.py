@@ -155,7 +155,7 @@ def test_sixteen_bit_weights_round_h_and_the_cache(case: Case, order: Order, dty
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_missing_wait_shows_in_the_results(order: Order) -> None:
     """In one CTA alone: what it should have waited for is not there, in some order at least."""
-    case = Case(model_of(order), ctas=10)
+    case = Case(model_of(order), ctas=10, plan={"fifths_before_cached": 2})  # of few rows, one fifth would be none
     plan, weights, cache, ids = case.build(order)
     waits = {
         (action.kind, action.name)

@@ -66,7 +66,7 @@ MAX_STAGES = 64
 # and starts as early as it can.
 UP_FIRST_BYTES = 200 * 1024
 # And so many fifths of down come before the cached tokens: by then the queries are there, and what is left of it hides the merge.
-FIFTHS_BEFORE_CACHED = 2
+FIFTHS_BEFORE_CACHED = 1
 PAIR_BYTES = 8  # a float and its epoch
 COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
 
@@ -379,6 +379,7 @@ def check_plan(plan: BlockPlan) -> None:
     c = plan.config
     check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
     check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
+    check(c.vocab_size * plan.ctas < 2**32, "rows are dealt out in 32 bits", c.vocab_size)
     check(plan.ctas <= c.hidden_size, "a row of the residual vector for every CTA", plan.ctas)
     check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
     check((c.num_heads // c.num_kv_heads) % plan.queries == 0, "a bundle's heads share a K/V head", plan.queries)

@@ -28,7 +28,7 @@ class Attention : public CtaState<S> {
   using typename Base::Shared;
 
   __device__ Attention(const Workspace& workspace, int position, Shared& shared)
-      : Base(workspace, position, shared, 0), pair_(shared.pair), gather_(shared.gather) {}
+      : Base(workspace, position, shared, 0), gather_(shared.gather) {}
 
   // Leaves the partials of this CTA's cluster in the workspace, of what the tile warps make of its cached tokens. True where
   // somebody has to be told: on rank 0 of a cluster. heads_read() comes when q, k and v are there.
@@ -37,7 +37,7 @@ class Attention : public CtaState<S> {
     load_heads<kWhole>(cache, layer, epoch);
     heads_read();
     this->signal(kQueriesReady);
-    pair_.block_sync();
+    this->block_sync();
     const int used = min(cached_tiles(), S::kWarps);
     int count = used;
     if (split() == 0) {
@@ -48,26 +48,25 @@ class Attention : public CtaState<S> {
       count++;
     }
     this->await(kPartialsReady, layer);
-    pair_.block_sync();
     SoftmaxScale scale{-kInfinity, 0.0f};
     // Each thread merges one dimension of a head; the scale is the same on all of that head.
-    gather_.exchange(pair_, [&](int at) {
+    gather_.exchange(this->local_, [&](int at) {  // begins with a barrier: the new token's partial is there
       const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
       const float value =
-          merge_partials<S::kHeadDim>(s_.slots + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
+          merge_partials<S::kHeadDim, S::kWarps + 1>(s_.slots + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
       return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     });
-    if (pair_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
-    if (S::kMerged > 1 && pair_.rank() != 0) return false;
+    if (gather_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
+    if (S::kMerged > 1 && cluster_rank() != 0) return false;
     float* to = u_.partials + (bundle() * kQueries * S::kPartials + split() / S::kMerged) * kPartial;
     for (int at = thread_; at < kPartialsFloats; at += S::kVectorThreads) {
       const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
-      const float value = merge_partials<S::kHeadDim>(
+      const float value = merge_partials<S::kHeadDim, S::kMerged>(
           gather_.result() + q * kPartial, S::kMerged, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
       to[q * S::kPartials * kPartial + i] =
           i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     }
-    pair_.block_sync();
+    this->block_sync();
     return true;
   }
 
@@ -221,7 +220,6 @@ class Attention : public CtaState<S> {
     if (lane_ == 0) partial[S::kHeadDim] = dot, partial[S::kHeadDim + 1] = 1.0f;
   }
 
-  typename Base::PairTeam pair_;
   typename Base::Gather gather_;
 };
 

@@ -7,7 +7,7 @@
 
 #include "block/share.cuh"
 #include "block/tagged.cuh"
-#include "collectives/cluster_gather.cuh"
+#include "collectives/async_gather.cuh"
 #include "collectives/team.cuh"
 #include "ops/norm.cuh"
 #include "primitives/grid_counter.cuh"
@@ -46,10 +46,9 @@ struct CtaTypes {
 
   using LocalTeam = PartialTeam<1, S::kVectorThreads, 0, 1>;
   static constexpr int kPartialsFloats = S::kQueries * kPartial;  // of all heads of a bundle
-  using PairTeam = PartialTeam<S::kMerged, S::kVectorThreads, 0, 1, smaller(kPartialsFloats, S::kVectorThreads)>;
   using Warp = AttentionWarpOf<typename S::W, typename Share::Cached, S::kQueries>;
   using Block = BlockSum<kNormSums, S::kVectorThreads>;
-  using Gather = ClusterGather<float, kPartialsFloats, S::kMerged, Exchange::direct>;
+  using Gather = AsyncGather<float, kPartialsFloats, S::kMerged>;
 
   struct Shared {
     alignas(128) char stages[S::kStages * S::kStageBytes];
@@ -69,7 +68,6 @@ struct CtaTypes {
     typename Block::Scratch block[2];
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
-    typename PairTeam::Scratch pair;
     unsigned warps_done;
     int expired;
     // Read from memory once, so that all of the CTA goes by the same: the position, and the number of launches before.
@@ -96,7 +94,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     shared.warps_done = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);
-    CtaTypes<S>::PairTeam::init(shared.pair);
+    CtaTypes<S>::Gather::template init<S::kVectorThreads>(shared.gather);
     mbarrier_init_fence();
   }
 

@@ -116,7 +116,7 @@ struct BlockShape {
 
 template <int kCtas>
 __device__ __forceinline__ int first_row(int rows, int cta) {
-  return static_cast<int>(static_cast<long long>(rows) * cta / kCtas);
+  return static_cast<unsigned>(rows) * static_cast<unsigned>(cta) / kCtas;  // in 32 bits: a vocabulary of 10 million rows fits
 }
 
 // The first row of the up projection that CTA `cta` owns: all that the CTAs before it read of a layer is then their share of it,

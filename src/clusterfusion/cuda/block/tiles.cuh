@@ -34,43 +34,38 @@ class TileWarps : public CtaState<S> {
   __device__ void run(unsigned epoch, int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
     this->begin_layer();
-    const SplitVector x1 = split_vector<S>(s_.vectors, 0);
-    const int out_rows = rows_to(S::kHidden) - rows_from(S::kHidden);
     if constexpr (runs<kSegment>(Segment::project)) {
       trace_.mark(TraceEvent::project_wait);
-      this->await(kNormed, layer);
-      trace_.mark(TraceEvent::project_begin);
-      if constexpr (S::kUpFirst) up<kWhole, kFaultCta>();
-      const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
-      gemv_rows<HiddenTiles>(rows, x1, [&](int row, float value) {
-        const float biased = value + s_.biases[row];
-        if constexpr (kWhole) {
-          store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
-        } else {
-          static_cast<float*>(u_.qkv)[first + row] = biased;
-        }
-      });
-      this->signal(kProjected);
-      trace_.mark(TraceEvent::qkv_done);
-      if constexpr (S::kParallel && !S::kUpFirst) up<kWhole, kFaultCta>();
+      const auto normed = [&] {
+        this->await(kNormed, layer);
+        trace_.mark(TraceEvent::project_begin);
+      };
+      if constexpr (S::kUpFirst) {
+        up<kWhole, kFaultCta>(normed);
+        qkv<kWhole>(Nothing(), epoch);
+      } else {
+        qkv<kWhole>(normed, epoch);
+        if constexpr (S::kParallel) up<kWhole, kFaultCta>(Nothing());
+      }
     }
     constexpr bool kInsideDown = S::kUpFirst && kWhole;
     if constexpr (runs<kSegment>(Segment::attend) && !kInsideDown) cached(layer);
-    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down<kInsideDown>(out_rows, layer);
+    if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down<kInsideDown>(layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
-      this->await(kAttended, layer);
-      trace_.mark(TraceEvent::o_begin);
-      gemv_parts<OutTiles>(out_rows, x1, s_.o_sums);
+      const auto attended = [&] {
+        this->await(kAttended, layer);
+        trace_.mark(TraceEvent::o_begin);
+      };
+      gemv_parts<OutTiles>(out_rows(), split_vector<S>(s_.vectors, 0), attended, s_.o_sums);
       this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
-      this->await(kMiddleNormed, layer);
-      up<kWhole, kFaultCta>();
+      up<kWhole, kFaultCta>([&] { this->await(kMiddleNormed, layer); });
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
-      down<false>(out_rows, layer);
+      down<false>(layer);
       this->signal(kDownSums);
     }
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
@@ -80,10 +75,12 @@ class TileWarps : public CtaState<S> {
   template <typename Out>
   __device__ void vocabulary(int vocabulary_rows, int layer, Out out) {
     trace_.mark(TraceEvent::project_wait);
-    this->await(kNormed, layer);
-    trace_.mark(TraceEvent::project_begin);
+    const auto normed = [&] {
+      this->await(kNormed, layer);
+      trace_.mark(TraceEvent::project_begin);
+    };
     const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
-    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), [&](int row, float value) { out(first + row, value); });
+    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), normed, [&](int row, float value) { out(first + row, value); });
     trace_.mark(TraceEvent::logits_done);
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
@@ -91,18 +88,35 @@ class TileWarps : public CtaState<S> {
   __device__ void tiles_sync() { named_barrier_sync<2, S::kTileThreads>(); }
 
  private:
-  template <bool kWhole, int kFaultCta>
-  __device__ void up() {
+  __device__ int out_rows() const { return rows_to(S::kHidden) - rows_from(S::kHidden); }
+
+  template <bool kWhole, typename Ready>
+  __device__ void qkv(Ready ready, unsigned epoch) {
+    const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
+    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), ready, [&](int row, float value) {
+      const float biased = value + s_.biases[row];
+      if constexpr (kWhole) {
+        store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
+      } else {
+        static_cast<float*>(u_.qkv)[first + row] = biased;
+      }
+    });
+    this->signal(kProjected);
+    trace_.mark(TraceEvent::qkv_done);
+  }
+
+  template <bool kWhole, int kFaultCta, typename Ready>
+  __device__ void up(Ready ready) {
     const int first = this->up_from(), rows = this->up_to() - first;
     const SplitVector x2 = split_vector<S>(s_.vectors, 1);
     if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
-      gemv_rows<HiddenTiles>(2 * rows, x2, [&](int row, float value) { s_.up_sums[row] = value; });
+      gemv_rows<HiddenTiles>(2 * rows, x2, ready, [&](int row, float value) { s_.up_sums[row] = value; });
       this->signal(kExpanded);
     } else {
       float kept = 0;
       int kept_row = -1;  // the activation takes one lane as long as all lanes
       gemv<W, HiddenTiles>(
-          ring_, rows, x2, lane_, [&](int row, int, float value) { kept = value, kept_row = row; },
+          ring_, rows, x2, lane_, ready, [&](int row, int, float value) { kept = value, kept_row = row; },
           [&] {
             if (kept_row < 0) return;
             const float h = activate<S::kActivation>(kept + s_.biases[kUpBias + kept_row]);
@@ -116,17 +130,22 @@ class TileWarps : public CtaState<S> {
   }
 
   template <bool kCachedInside>
-  __device__ void down(int rows, int layer) {
+  __device__ void down(int layer) {
+    const int rows = out_rows();
     const PackedVector<W> h{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)};
     trace_.mark(TraceEvent::down_tiles_wait);
-    this->await(kHidden, layer);
-    trace_.mark(TraceEvent::down_tiles_begin);
-    const int before = kCachedInside ? Base::rows_before_cached(rows) : 0;
+    const auto brought = [&] {
+      this->await(kHidden, layer);
+      trace_.mark(TraceEvent::down_tiles_begin);
+    };
     if constexpr (kCachedInside) {
-      gemv_parts<DownTiles>(before, h, s_.down_sums);
+      const int before = Base::rows_before_cached(rows);
+      gemv_parts<DownTiles>(before, h, brought, s_.down_sums);
       cached(layer);
+      gemv_parts<DownTiles>(rows - before, h, Nothing(), s_.down_sums + before * DownTiles::kParts);
+    } else {
+      gemv_parts<DownTiles>(rows, h, brought, s_.down_sums);
     }
-    gemv_parts<DownTiles>(rows - before, h, s_.down_sums + before * DownTiles::kParts);
     trace_.mark(TraceEvent::down_tiles_done);
   }
 
@@ -162,15 +181,15 @@ class TileWarps : public CtaState<S> {
   }
 
   // Rows that one lane can finish at once: calls out(row, value).
-  template <typename Tiles, typename V, typename Out>
-  __device__ void gemv_rows(int rows, const V& x, Out out) {
+  template <typename Tiles, typename V, typename Ready, typename Out>
+  __device__ void gemv_rows(int rows, const V& x, Ready ready, Out out) {
     static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
-    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int, float value) { out(row, value); });
+    gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
   }
 
-  template <typename Tiles, typename V>
-  __device__ void gemv_parts(int rows, const V& x, float* sums) {
-    gemv<W, Tiles>(ring_, rows, x, lane_, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
+  template <typename Tiles, typename V, typename Ready>
+  __device__ void gemv_parts(int rows, const V& x, Ready ready, float* sums) {
+    gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
   }
 
   RingConsumer<typename Base::TileRing, Tracer::kOn> ring_;

@@ -130,7 +130,7 @@ class AttentionWarp {
       highest = fmaxf(highest, score[pass]);
     }
     const auto [base, keep] = raise_maximum(maximum_, highest_of_groups<Tiles>(highest, lane_));
-    sum_ *= keep;
+    sum_ = __fmul_rn(sum_, keep);  // not to become part of the addition behind it, in one kernel and not in another
 #pragma unroll
     for (int k = 0; k < kVector; k++) values_[k] *= keep;
 #pragma unroll
@@ -228,7 +228,7 @@ class GroupedAttentionWarp {
 
  private:
   __device__ __forceinline__ void score(const uint4* keys, int tokens) {
-#pragma unroll 2
+#pragma unroll 1
     for (int first = 0; first < tokens; first += Tiles::kTogether) {
       const int token = first + at_.token;
       const bool valid = at_.active && token < tokens;
@@ -269,7 +269,7 @@ class GroupedAttentionWarp {
 #pragma unroll
     for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
     const auto [base, keep] = raise_maximum(maximum_, highest);
-    sum_ *= keep;
+    sum_ = __fmul_rn(sum_, keep);  // not to become part of the addition behind it, in one kernel and not in another
     for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
       if (!mine) continue;
       const float p = exp2f(scores_[token * kStride + head_] - base);
@@ -280,7 +280,7 @@ class GroupedAttentionWarp {
   }
 
   __device__ __forceinline__ void weigh(const unsigned* values, int tokens) {
-#pragma unroll 4
+#pragma unroll 2
     for (int token = 0; token < tokens; token++) {
       float2 v[kSteps];
 #pragma unroll
@@ -318,16 +318,27 @@ using AttentionWarpOf = cuda::std::conditional_t<kQueries == 1, AttentionWarp<W,
 template <int kHeadDim>
 constexpr int kPartialFloats = kHeadDim + 4;
 
-// Element `dim` of the merge of `count` partials, `stride` floats apart, in order; and the merged scale.
-template <int kHeadDim>
+// Element `dim` of the merge of `count` partials, at most kMost, `stride` floats apart, in order; and the merged scale.
+template <int kHeadDim, int kMost>
 __device__ __forceinline__ float merge_partials(const float* partials, int count, int stride, int dim, SoftmaxScale& scale) {
+  float maxima[kMost], sums[kMost], values[kMost];
+#pragma unroll
+  for (int i = 0; i < kMost; i++) {
+    maxima[i] = -kInfinity, sums[i] = 0, values[i] = 0;
+    if (i < count) {
+      const float* from = partials + i * stride;
+      maxima[i] = from[kHeadDim], sums[i] = from[kHeadDim + 1], values[i] = from[dim];
+    }
+  }
   float maximum = -kInfinity;
-  for (int i = 0; i < count; i++) maximum = fmaxf(maximum, partials[i * stride + kHeadDim]);
+#pragma unroll
+  for (int i = 0; i < kMost; i++) maximum = fmaxf(maximum, maxima[i]);
   float value = 0, sum = 0;
-  for (int i = 0; i < count; i++) {
-    const float weight = partials[i * stride + kHeadDim] == -kInfinity ? 0.0f : exp2f(partials[i * stride + kHeadDim] - maximum);
-    value += weight * partials[i * stride + dim];
-    sum += weight * partials[i * stride + kHeadDim + 1];
+#pragma unroll
+  for (int i = 0; i < kMost; i++) {
+    const float weight = maxima[i] == -kInfinity ? 0.0f : exp2f(maxima[i] - maximum);
+    value = fmaf(weight, values[i], value);
+    sum = fmaf(weight, sums[i], sum);
   }
   scale = {maximum, sum};
   return value;

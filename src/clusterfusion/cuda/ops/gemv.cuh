@@ -1,12 +1,13 @@
 // Matrix times vector over tiles of rows from the ring: fp32 sums, in an order that depends on the row's length alone.
 //
 // A row's sum: lane l takes the 8-element vectors l, l + 32, ... of the row (of each part of a row longer than a stage),
-// in order, into four sums, two elements of a vector each: one sum would wait for itself at every addition. These by two, then a
-// butterfly over the lanes; then the parts in order. Which CTA or warp computes a row changes nothing.
+// in order, into two sums, of a vector's first four elements and of its last: one would wait for itself at every addition. Then
+// their sum, a butterfly over the lanes, and the parts in order. Which CTA or warp computes a row changes nothing.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda/std/type_traits>
 
 #include "collectives/block_sum.cuh"
 
@@ -74,12 +75,15 @@ struct PackedVector {
 
 // What one lane adds up of a row.
 struct LaneSum {
-  float of[4] = {};
+  float low = 0, high = 0;
   __device__ __forceinline__ void add(const float (&a)[kVector], const float (&b)[kVector]) {
 #pragma unroll
-    for (int k = 0; k < kVector; k++) of[k / 2] = fmaf(a[k], b[k], of[k / 2]);
+    for (int k = 0; k < kVector / 2; k++) {
+      low = fmaf(a[k], b[k], low);
+      high = fmaf(a[k + kVector / 2], b[k + kVector / 2], high);
+    }
   }
-  __device__ __forceinline__ float total() const { return (of[0] + of[1]) + (of[2] + of[3]); }
+  __device__ __forceinline__ float total() const { return low + high; }
 };
 
 // The warp_sum of each of kRows values a lane, 1, 2 or 4, on the kWarpSize / kRows lanes from lane row * kWarpSize / kRows on: while
@@ -106,76 +110,112 @@ struct Nothing {
   __device__ __forceinline__ void operator()() const {}
 };
 
-// This CTA's `rows` rows, in tiles; calls out(row, part, value) on one lane for each row and part, rows from 0. flush() comes before
-// a lane is called a second time, and at the end: until then out may keep what it got in a register.
-template <typename W, typename Tiles, typename Consumer, typename X, typename Out, typename Flush = Nothing>
-__device__ __forceinline__ void gemv(Consumer& consumer, int rows, const X& x, int lane, Out out, Flush flush = Flush()) {
+// Whether a warp has a tile's weights in registers before it multiplies them: it hands the stage back at once, and while x is not
+// there yet, the warps' registers are that much more ring. With more 16-byte vectors a lane than this, it reads them where they are;
+// on Blackwell always, for which the compiler spills them.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kMostHeld = 0;
+#else
+constexpr int kMostHeld = 20;
+#endif
+
+// This CTA's `rows` rows, in tiles; calls out(row, part, value) on one lane for each row and part, rows from 0. Every warp calls
+// ready() once, and behind it reads x. flush() comes before a lane is called a second time, and at the end: until then out may keep
+// what it got in a register.
+template <typename W, typename Tiles, typename Consumer, typename X, typename Ready, typename Out, typename Flush = Nothing>
+__device__ __forceinline__ void gemv(
+    Consumer& consumer, int rows, const X& x, int lane, Ready ready, Out out, Flush flush = Flush()) {
   using Eight = typename X::Eight;
   constexpr int kRowVectors = (Tiles::kParts > 1 ? Tiles::kPartColumns : Tiles::kColumns) / kVector;
-  constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize, kUnrolled = kSteps <= 16 ? kSteps : 8;
-  constexpr bool kWhole = kRowVectors % kWarpSize == 0 && Tiles::kBytes * Tiles::kParts % Tiles::kRowBytes == 0;
+  constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize, kUnrolled = kSteps <= 20 ? kSteps : 8;
+  constexpr bool kEven = Tiles::kBytes * Tiles::kParts % Tiles::kRowBytes == 0;  // parts are alike
+  constexpr bool kWhole = kEven && kRowVectors % kWarpSize == 0;
   constexpr int kTogether = Tiles::kRows >= 4 ? 4 : Tiles::kRows >= 2 ? 2 : 1;  // rows that share each read of x
   constexpr int kGroup = kWarpSize / kTogether;                                 // lanes that have a row's sum
-  int turn = 0;  // which of them is called
+  constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
+  struct Held {
+    uint4 of[kHolds ? kTogether : 1][kHolds ? kSteps : 1];
+  };
+  bool is_ready = false;
+  const auto make_ready = [&] {
+    if (!is_ready) ready();
+    is_ready = true;
+  };
+  constexpr bool kFlushes = !cuda::std::is_same_v<Flush, Nothing>;
+  int turn = 0;  // which lane of a group is called; without a flush, always the first
   const auto next_turn = [&] {
-    if (++turn < kGroup) return;
+    if (!kFlushes || ++turn < kGroup) return;
     turn = 0;
     flush();
   };
-  consumer.template tiles<Tiles::kBytes>(Tiles::tiles(rows), [&](int tile, const char* data) {
-    const uint4* weights = reinterpret_cast<const uint4*>(data);
-    if constexpr (Tiles::kParts > 1) {
-      const int row = tile / Tiles::kParts, part = tile % Tiles::kParts;
-      const int vectors = min(kRowVectors, Tiles::kColumns / kVector - part * kRowVectors);
-      LaneSum sum;
+  const auto part_of = [](int tile) { return Tiles::kParts > 1 ? tile % Tiles::kParts : 0; };
+  // Vectors of a row, or of a part of one.
+  const auto vectors_of = [&](int tile) {
+    return kEven ? kRowVectors : min(kRowVectors, Tiles::kColumns / kVector - part_of(tile) * kRowVectors);
+  };
+  const auto load = [&](const char* data, int r, int v, int vectors) {
+    uint4 packed = {};
+    if (kWhole || v < vectors) packed = reinterpret_cast<const uint4*>(data)[r * kRowVectors + v];
+    return packed;
+  };
+  // Rows base to base + kTogether - 1 of a tile: those that are held, or where they are, at `data`.
+  const auto multiply = [&](int tile, int base, const char* data, const Held& held) {
+    const int part = part_of(tile), vectors = vectors_of(tile);
+    LaneSum sums[kTogether];
 #pragma unroll kUnrolled
-      for (int step = 0; step < kSteps; step++) {
-        const int v = step * kWarpSize + lane;
-        uint4 packed = {};
-        Eight other = {};
-        if (kWhole || v < vectors) packed = weights[v], other = x.get(part * kRowVectors + v);
-        float a[kVector], b[kVector];
-        unpack8<W>(packed, a);
-        other.unpack(b);
-        sum.add(a, b);
-      }
-      const float total = warp_sum(sum.total());
-      if (lane == turn) out(row, part, total);
-      next_turn();
-    } else {
-      const int first = tile * Tiles::kRows;
-#pragma unroll 1
-      for (int base = 0; base < Tiles::kRows; base += kTogether) {
-        if (first + base >= rows) break;
-        LaneSum sums[kTogether];
-#pragma unroll kUnrolled
-        for (int step = 0; step < kSteps; step++) {
-          const int v = step * kWarpSize + lane;
-          const bool there = kRowVectors % kWarpSize == 0 || v < kRowVectors;
-          Eight other = {};
-          if (there) other = x.get(v);
-          float b[kVector];
-          other.unpack(b);
+    for (int step = 0; step < kSteps; step++) {
+      const int v = step * kWarpSize + lane;
+      Eight other = {};
+      if (kWhole || v < vectors) other = x.get(part * kRowVectors + v);
+      float b[kVector];
+      other.unpack(b);
 #pragma unroll
-          for (int r = 0; r < kTogether; r++) {
-            if (Tiles::kRows % kTogether != 0 && base + r >= Tiles::kRows) continue;
-            uint4 packed = {};
-            if (there) packed = weights[(base + r) * kRowVectors + v];
-            float a[kVector];
-            unpack8<W>(packed, a);
-            sums[r].add(a, b);
-          }
+      for (int r = 0; r < kTogether; r++) {
+        if (Tiles::kRows % kTogether != 0 && base + r >= Tiles::kRows) continue;
+        float a[kVector];
+        if constexpr (kHolds) {
+          unpack8<W>(held.of[r][step], a);
+        } else {
+          unpack8<W>(load(data, base + r, v, vectors), a);
         }
-        float totals[kTogether];
-#pragma unroll
-        for (int r = 0; r < kTogether; r++) totals[r] = sums[r].total();
-        const float total = warp_sums(totals, lane);
-        const int row = base + lane / kGroup;
-        if (lane % kGroup == turn && row < Tiles::kRows && first + row < rows) out(first + row, 0, total);
-        next_turn();
+        sums[r].add(a, b);
       }
     }
-  });
+    float totals[kTogether];
+#pragma unroll
+    for (int r = 0; r < kTogether; r++) totals[r] = sums[r].total();
+    const float total = warp_sums(totals, lane);
+    const int of_tile = base + lane / kGroup, row = tile / Tiles::kParts * Tiles::kRows + of_tile;
+    if (lane % kGroup == turn && of_tile < Tiles::kRows && row < rows) out(row, part, total);
+    next_turn();
+  };
+  consumer.template tiles<Tiles::kBytes, Held>(
+      Tiles::tiles(rows),
+      [&](int tile, const char* data) {
+        Held held = {};
+        if constexpr (kHolds) {
+#pragma unroll
+          for (int r = 0; r < Tiles::kRows; r++) {
+#pragma unroll
+            for (int step = 0; step < kSteps; step++) held.of[r][step] = load(data, r, step * kWarpSize + lane, vectors_of(tile));
+          }
+        } else {
+          make_ready();
+#pragma unroll 1
+          for (int base = 0; base < Tiles::kRows; base += kTogether) {
+            if (tile / Tiles::kParts * Tiles::kRows + base >= rows) break;
+            multiply(tile, base, data, held);
+          }
+        }
+        return held;
+      },
+      [&](int tile, const Held& held) {
+        if constexpr (kHolds) {
+          make_ready();
+          multiply(tile, 0, nullptr, held);
+        }
+      });
+  make_ready();
   flush();
 }
 

@@ -91,24 +91,41 @@ class RingConsumer {
  public:
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp)
       : stages_(stages), barriers_(barriers), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
-        next_(warp / Ring::kTiles) {}
+        ahead_(warp / Ring::kTiles) {}
 
-  // Calls visit(tile, data) for this warp's tiles among the `count` of the next phase; tiles of kTileBytes.
-  template <int kTileBytes, typename Visit>
-  __device__ __forceinline__ void tiles(int count, Visit visit) {
+  // For this warp's tiles among the `count` of the next phase, of kTileBytes each: calls take(tile, data), which gives a Held, hands
+  // the stage back, and calls use(tile, held).
+  template <int kTileBytes, typename Held, typename Take, typename Use>
+  __device__ __forceinline__ void tiles(int count, Take take, Use use) {
     static_assert(kTileBytes * Ring::kTiles <= Ring::kStageBytes, "tiles fit their stage");
-    const int first = first_, stages = (count + Ring::kTiles - 1) / Ring::kTiles;
-    first_ += stages;
-    for (; next_ < first + stages; next_ += Ring::kTeams) {
+    const int stages = (count + Ring::kTiles - 1) / Ring::kTiles;
+    for (; ahead_ < stages; ahead_ += Ring::kTeams) {
       const long long start = kTimed ? clock64() : 0;
       mbarrier_wait_local(&barriers_.full[stage_], parity_);
       if constexpr (kTimed) waited_ += clock64() - start;
-      const int tile = (next_ - first) * Ring::kTiles + tile_;
-      if (Ring::kTiles == 1 || tile < count) visit(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
+      const int tile = ahead_ * Ring::kTiles + tile_;
+      const bool mine = Ring::kTiles == 1 || tile < count;
+      Held held = {};  // of this turn alone: otherwise it would be kept from one to the next
+      if (mine) held = take(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
       mbarrier_arrive_local(&barriers_.empty[stage_]);
+      if (mine) use(tile, held);
       stage_ += Ring::kTeams;
       if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
+    ahead_ -= stages;
+  }
+
+  // The same where nothing is left to do once a stage is handed back.
+  template <int kTileBytes, typename Take>
+  __device__ __forceinline__ void tiles(int count, Take take) {
+    struct None {};
+    tiles<kTileBytes, None>(
+        count,
+        [&](int tile, const char* data) {
+          take(tile, data);
+          return None();
+        },
+        [](int, None) {});
   }
 
   // Clocks of this warp's waits for data since the last call, with kTimed.
@@ -121,7 +138,8 @@ class RingConsumer {
  private:
   const char* stages_;
   typename Ring::Barriers& barriers_;
-  int tile_, stage_, next_, first_ = 0;
+  int tile_, stage_;
+  int ahead_;  // of the next stage of this warp's team, counted from the phase's first one
   unsigned parity_ = 0;
   long long waited_ = 0;
 };

@@ -43,6 +43,14 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(cuda::std::uint64_t* map
       cuda::ptx::sem_release, cuda::ptx::scope_cluster, cuda::ptx::space_cluster, mapped_barrier);
 }
 
+// Stores a 32-bit value in a peer's shared memory; its bytes count at `mapped_barrier`, an mbarrier there, with which it is seen.
+// Both addresses from map_shared, of the same CTA.
+template <typename T>
+__device__ __forceinline__ void mbarrier_store(T* mapped, T value, cuda::std::uint64_t* mapped_barrier) {
+  static_assert(sizeof(T) == 4, "32 bits");
+  cuda::ptx::st_async(mapped, value, mapped_barrier);
+}
+
 // Waits for the phase of parity `parity` of a barrier in this CTA to complete; acquires from the cluster.
 // False when kWaitLimitClocks have passed: the caller reports it, and nothing it waited for may be used.
 // Phase n and phase n + 2 share a parity: the caller must see to it that n + 1 cannot complete before it has left here.
