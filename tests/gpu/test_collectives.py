@@ -1,4 +1,4 @@
-"""ClusterReduce and ClusterGather: every bit on every rank, for every size, dtype, exchange and team."""
+"""ClusterReduce, ClusterGather and AsyncGather: every bit on every rank, for every size, dtype, exchange and team."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ TYPES: dict[ProbeType, torch.dtype] = {
     "float64": torch.float64,
     "int32": torch.int32,
 }
+ASYNC_TYPES: tuple[ProbeType, ...] = ("float32", "int32")
 MASK = 0xFFFFFFFF
 
 
@@ -42,6 +43,12 @@ def all_probes() -> list[CollectivesProbe]:
                     operators: tuple[Any, ...] = ("sum", "max", None) if length == 7 else ("sum", None)
                     probes += [CollectivesProbe(element, length, size, exchange, team, op) for op in operators]
             probes += [CollectivesProbe("affine", 7, size, exchange, team, "compose") for team in TEAMS]
+        probes += [
+            CollectivesProbe(element, length, size, "async", team)
+            for element in ASYNC_TYPES
+            for length in LENGTHS
+            for team in TEAMS
+        ]
     return probes
 
 
@@ -107,9 +114,11 @@ def test_reduce_is_exact_on_every_rank(element: ProbeType, size: int, exchange: 
     assert seen == len(LENGTHS) + 1
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("element", "exchange"),
+    [(element, exchange) for exchange in EXCHANGES for element in TYPES] + [(e, "async") for e in ASYNC_TYPES],
+)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("element", TYPES)
 def test_gather_moves_every_value_to_every_rank(element: ProbeType, size: int, exchange: str) -> None:
     seen = 0
     for probe in all_probes():
@@ -121,7 +130,7 @@ def test_gather_moves_every_value_to_every_rank(element: ProbeType, size: int, e
         run(probe, data, out)
         for rank in range(size):
             assert torch.equal(out[:, :, rank], data.flatten(2)), f"{probe}, rank {rank}"
-    assert seen == len(LENGTHS)
+    assert seen == len(LENGTHS) * (len(TEAMS) if exchange == "async" else 1)
 
 
 @pytest.mark.parametrize("team", TEAMS)

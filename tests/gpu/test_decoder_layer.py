@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -160,12 +161,10 @@ def test_cache_layouts_tables_and_positions_give_the_same_bits(block: Block) -> 
 
 
 def test_bfloat16_weights_and_activations(block: Block) -> None:
-    weights = LayerWeights(
-        **{
-            field.name: None if (value := getattr(block.weights, field.name)) is None else value.bfloat16()
-            for field in dataclasses.fields(LayerWeights)
-        }
-    )
+    names = inspect.signature(clusterfusion.gpt_neox_layer).parameters.keys() - {"heads"}
+    given = {name: getattr(block.weights, name) for name in names}
+    given = {name: None if tensor is None else tensor.bfloat16() for name, tensor in given.items()}
+    weights = clusterfusion.gpt_neox_layer(**given, heads=block.config.num_heads)
     k, v = block.k.bfloat16(), block.v.bfloat16()
     for x in (block.x.bfloat16(), block.x, block.x.float()):
         results = [

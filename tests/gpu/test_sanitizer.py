@@ -23,7 +23,7 @@ probes = [
     CollectivesProbe("float32", 100, size, exchange, "{team}", operator)
     for size, exchange in ((1, "direct"), (2, "tree"), (8, "direct"), (8, "tree"))
     for operator in ("sum", None)
-]
+] + [CollectivesProbe("float32", 100, 2, "async", "{team}")]
 for probe in probes:
     data = torch.randn(3, 2, probe.cluster_size, 100, device="cuda")
     width = 100 if probe.operator else 100 * probe.cluster_size

@@ -31,17 +31,23 @@ _CPP_OPERATORS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class CollectivesProbe:
-    """One instance. `operator` None gathers; `team` "partial" and "joined" leave a warp of every CTA out of it."""
+    """One instance. `operator` None gathers, and only such, of 32-bit values, may have the exchange "async"; `team` "partial" and
+    "joined" leave a warp of every CTA out of it."""
 
     element: ProbeType
     length: int
     cluster_size: int
-    exchange: Literal["direct", "tree"]
+    exchange: Literal["direct", "tree", "async"]
     team: Literal["whole", "partial", "joined"] = "whole"
     operator: Literal["sum", "max", "compose"] | None = None
 
     @property
     def instance(self) -> str:
+        if self.exchange == "async":
+            return (
+                f"clusterfusion::async_gather_probe<{_CPP_TYPES[self.element]}, {self.length}, {self.cluster_size}, "
+                f"clusterfusion::TeamKind::{self.team}>"
+            )
         kernel = "gather_probe" if self.operator is None else "reduce_probe"
         types = [_CPP_TYPES[self.element]] + ([_CPP_OPERATORS[self.operator]] if self.operator else [])
         return (

@@ -55,12 +55,16 @@ MOST_WARPS = 16
 # From here on a layer's weights last long enough for more bytes in flight.
 WIDE_HIDDEN_SIZE = 3072
 SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the whole step of 2.8B and 6.9B: 50 and 64 KB in flight are best. Messages between CTAs queue behind
-# what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies of 5 KB and less are slow.
+# Measured on an H200 with the whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best.
+# Messages between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies
+# of 5 KB and less are slow.
 TARGET_STAGE_BYTES = 8192
 MOST_STAGE_TILES = 4
+NARROW_HIDDEN_SIZE = 2048
+NARROW_WINDOW_BYTES = 40960
 WINDOW_BYTES = 51200
 WIDE_WINDOW_BYTES = 65536
+WIDE_SEQUENTIAL_WINDOW_BYTES = 57344
 MAX_STAGES = 64
 # With so much of the up projection a CTA, q, k and v behind it hide the wait for h; with less, attention is what takes long,
 # and starts as early as it can.
@@ -252,7 +256,9 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
 
 
 def _window_bytes(config: DecoderConfig) -> int:
-    return WIDE_WINDOW_BYTES if config.hidden_size >= WIDE_HIDDEN_SIZE else WINDOW_BYTES
+    if config.hidden_size >= WIDE_HIDDEN_SIZE:
+        return WIDE_WINDOW_BYTES if config.parallel_residual else WIDE_SEQUENTIAL_WINDOW_BYTES
+    return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
 
 
 def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> BlockPlan:

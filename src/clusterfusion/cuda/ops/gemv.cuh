@@ -135,6 +135,18 @@ __device__ __forceinline__ void gemv(
   constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
   struct Held {
     uint4 of[kHolds ? kTogether : 1][kHolds ? kSteps : 1];
+    // Behind this all of them are there. A stage must not be handed back before: that a read has been issued does not keep a later
+    // bulk copy from overtaking it, which the hardware takes for another kind of access (now and then it did).
+    __device__ __forceinline__ void arrive() const {
+      unsigned word = 0;
+#pragma unroll
+      for (const auto& row : of) {
+#pragma unroll
+        for (const uint4& packed : row) word ^= packed.x;
+      }
+      // Something that has to know the word, and does nothing: a pause that one word in four billion would be.
+      asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x9e3779b9;\n@p nanosleep.u32 20;\n}" ::"r"(word) : "memory");
+    }
   };
   bool is_ready = false;
   const auto make_ready = [&] {
@@ -199,6 +211,7 @@ __device__ __forceinline__ void gemv(
 #pragma unroll
             for (int step = 0; step < kSteps; step++) held.of[r][step] = load(data, r, step * kWarpSize + lane, vectors_of(tile));
           }
+          held.arrive();
         } else {
           make_ready();
 #pragma unroll 1

@@ -2,6 +2,7 @@
 // that every rank received. Host twin: jit/collectives_probe.py.
 #include <cuda/std/cstdint>
 
+#include "collectives/async_gather.cuh"
 #include "collectives/cluster_gather.cuh"
 #include "collectives/cluster_reduce.cuh"
 #include "collectives/team.cuh"
@@ -109,6 +110,31 @@ struct GatherRounds {
   }
 };
 
+template <typename T, int kLength, int kClusterSize>
+struct AsyncGatherRounds {
+  using Gather = AsyncGather<T, kLength, kClusterSize>;
+  typename Gather::Scratch& scratch;
+  const T* in;
+  T* out;
+  unsigned* expired;
+  int rounds;
+  unsigned skew_ns;
+
+  template <typename Team>
+  __device__ void operator()(Team& team) const {
+    Gather gather(scratch);
+    for (int round = 0; round < rounds; round++) {
+      const cuda::std::int64_t block = static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x;
+      stagger(team.rank(), round, skew_ns);
+      gather.exchange(team, [&](int i) { return in[block * kLength + i]; });
+      for (int i = team.threads - 1 - team.thread(); i < Gather::kTotal; i += team.threads) {
+        out[block * Gather::kTotal + i] = gather.result()[i];
+      }
+    }
+    if (gather.expired()) atomicAdd(expired, 1u);
+  }
+};
+
 // in and out: [rounds, clusters, cluster size, kLength], in of T, out of its accumulator. expired counts lost waits.
 template <typename T, typename Op, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
 __global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
@@ -124,6 +150,16 @@ __global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
 gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
   using Rounds = GatherRounds<T, kLength, kClusterSize, kExchange>;
   __shared__ typename Rounds::Gather::Scratch scratch;
+  with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
+}
+
+// The same of an AsyncGather.
+template <typename T, int kLength, int kClusterSize, TeamKind kTeam>
+__global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
+async_gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
+  using Rounds = AsyncGatherRounds<T, kLength, kClusterSize>;
+  __shared__ typename Rounds::Gather::Scratch scratch;
+  if (threadIdx.x == 0) Rounds::Gather::template init<kTeamThreads>(scratch);
   with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
 }
 
