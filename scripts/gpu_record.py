@@ -1,10 +1,11 @@
 """Runs the tests that need a GPU and writes down that they passed, for which sources, on what.
 
-    python3 scripts/gpu_record.py [--output tests/gpu/record.json] [--processes N]
+    python3 scripts/gpu_record.py [--output tests/gpu/record.json] [--processes N] [--journal FILE]
 
 Continuous integration has no GPU. This record is its evidence: tests/test_gpu_record.py fails as soon as a source that
 decides what runs on the GPU differs from the one the record was made with. The record may be made on another machine
-and copied back. Nothing is written if a test failed or none passed.
+and copied back. Nothing is written if a test failed or none passed. With a journal, a run that was interrupted, or in which a test
+failed, is taken up again: tests that have passed on the same sources, device and versions are not run again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -21,10 +23,12 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import run_journal
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("tests/gpu/record.json")
@@ -54,6 +58,7 @@ SOURCES = (
 )
 
 OLDEST_CAPABILITY = (9, 0)
+NO_TESTS_LEFT = 5  # pytest's exit status
 PACKAGES = ("cuda-bindings", "cuda-core", "numpy", "nvidia-cuda-cccl", "pytest", "torch", "transformers")
 
 
@@ -163,15 +168,32 @@ def version_facts() -> dict[str, str | None]:
     return facts
 
 
-def run_tests(processes: int) -> tuple[int, dict[str, dict[str, int]], float]:
+def with_earlier(files: Mapping[str, Mapping[str, int]], earlier: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Counts by file, and the tests that passed in earlier runs, by their node ids."""
+    found = {file: dict(counts) for file, counts in files.items()}
+    for test in earlier:
+        counts = found.setdefault(test.partition("::")[0], {"failed": 0, "passed": 0, "skipped": 0})
+        counts["passed"] += 1
+    return dict(sorted(found.items()))
+
+
+def run_tests(processes: int, journal: Path | None = None) -> tuple[int, dict[str, dict[str, int]], float]:
     """pytest's exit status, its counts by file, and the seconds it took."""
     began = time.monotonic()
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
         if processes > 1:  # kernels compile side by side; needs pytest-xdist
             options += ["-n", str(processes)]
-        status = subprocess.run([sys.executable, *COMMAND[1:], *options], cwd=ROOT, check=False).returncode
+        if journal is not None:
+            options += ["-p", "run_journal"]
+            environment[run_journal.VARIABLE] = str(journal.resolve())
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (str(ROOT / "scripts"), environment.get("PYTHONPATH")))
+            )
+        command = [sys.executable, *COMMAND[1:], *options]
+        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         files = count_tests(report.read_text(encoding="utf-8")) if report.exists() else {}
     return status, files, time.monotonic() - began
 
@@ -180,13 +202,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the GPU tests and record that they passed.")
     parser.add_argument("--output", type=Path, default=ROOT / RECORD, help=f"the record (default: {RECORD})")
     parser.add_argument("--processes", type=int, default=1, help="how many run tests at once (default: 1)")
+    parser.add_argument(
+        "--journal", type=Path, help="where to write down each test as it ends, and to look for earlier ones"
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output
 
     if reason := why_no_gpu():
         sys.exit(f"gpu_record: {reason}; a record needs an NVIDIA GPU of compute capability 9.0 or newer")
     sources = source_digests(ROOT)
-    status, files, seconds = run_tests(arguments.processes)
+    journal: Path | None = arguments.journal
+    earlier: list[str] = []
+    if journal is not None:
+        ran_on = {"digest": digest(sources), "device": device_facts(), "versions": version_facts()}
+        earlier = [test for test, outcome in run_journal.begin(journal, ran_on).items() if outcome == "passed"]
+    status, files, seconds = run_tests(arguments.processes, journal)
+    files = with_earlier(files, earlier)
+    if status == NO_TESTS_LEFT and earlier:
+        status = 0
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(COMMAND),
@@ -205,6 +238,8 @@ def main() -> None:
         sys.exit("gpu_record: no record written: " + "; ".join(found))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if journal is not None:
+        journal.unlink()
     print(f"gpu_record: {record['counts']} on {record['device']}, written to {output}")
 
 

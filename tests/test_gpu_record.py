@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gpu_record
 import pytest
+import run_journal
 
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good" file="tests/gpu/test_a.py"/>
@@ -197,7 +201,63 @@ def pretend(
 ) -> None:
     """Stand in for the GPU and for pytest's run on it."""
     monkeypatch.setattr(gpu_record, "why_no_gpu", lambda: reason)
-    monkeypatch.setattr(gpu_record, "run_tests", lambda processes: (status, files, 1.0))
+    monkeypatch.setattr(gpu_record, "run_tests", lambda processes, journal: (status, files, 1.0))
     monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "a GPU"})
     monkeypatch.setattr(gpu_record, "version_facts", dict)
     monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(folder / "record.json")])
+
+
+PROBE = """
+import os, pathlib, pytest
+@pytest.mark.parametrize("number", range(6))
+def test_number(number):
+    with open("ran.txt", "a") as file:
+        file.write(f"{number} ")
+    if number == 3 and os.environ.get("STOP"):
+        os._exit(9)  # as when time is up
+    assert number != 4 or pathlib.Path("mended").exists()
+@pytest.fixture
+def leaves_badly():
+    yield
+    assert pathlib.Path("mended").exists()
+def test_with_a_bad_end(leaves_badly):
+    pass
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_taken_up_again(tmp_path: Path, processes: int) -> None:
+    write(tmp_path / "test_probe.py", PROBE)
+    journal, ran_on = tmp_path / "journal", {"digest": "a"}
+
+    def go(**environment: str) -> tuple[list[str], list[str]]:
+        """What has passed before, and what runs now."""
+        earlier = sorted(test for test, end in run_journal.begin(journal, ran_on).items() if end == "passed")
+        (tmp_path / "ran.txt").write_text("", encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "run_journal", "test_probe.py"]
+        command += ["-n", str(processes)] * (processes > 1)
+        path = str(gpu_record.ROOT / "scripts")
+        known = os.environ | {run_journal.VARIABLE: str(journal), "PYTHONPATH": path} | environment
+        known.pop("PYTEST_XDIST_WORKER", None)
+        subprocess.run(command, cwd=tmp_path, env=known, check=False, capture_output=True)
+        return earlier, sorted((tmp_path / "ran.txt").read_text(encoding="utf-8").split())
+
+    if processes == 1:  # the processes of xdist are replaced, and the test that stops one is a failed one
+        assert go(STOP="1") == ([], list("0123"))
+        journal.write_text(journal.read_text(encoding="utf-8") + '{"test": "cut sho', encoding="utf-8")
+        assert go()[1] == list("345")
+    else:
+        assert go() == ([], list("012345"))
+    (tmp_path / "mended").touch()
+    assert go() == ([f"test_probe.py::test_number[{n}]" for n in "01235"], ["4"])
+    passed = run_journal.begin(journal, ran_on)
+    assert set(passed.values()) == {"passed"} and len(passed) == 7
+    assert run_journal.begin(journal, {"digest": "b"}) == {}
+
+
+def test_earlier_passes_count_too() -> None:
+    files = {"tests/a.py": {"failed": 0, "passed": 2, "skipped": 1}}
+    assert gpu_record.with_earlier(files, ["tests/a.py::x[1]", "tests/b.py::y"]) == {
+        "tests/a.py": {"failed": 0, "passed": 3, "skipped": 1},
+        "tests/b.py": {"failed": 0, "passed": 1, "skipped": 0},
+    }
