@@ -42,10 +42,10 @@ def test_every_cta_passes_every_event_of_every_layer(report: TraceReport) -> Non
     timeline = report.timeline
     plan = plan_for(timeline.config, torch.cuda.current_device())
     assert (timeline.ctas, timeline.layers) == (plan.ctas, timeline.config.num_layers)
-    attends = np.arange(timeline.ctas) < plan.config.num_heads * plan.splits
+    works = np.array([plan.works(cta, CONTEXT + STEPS - 1) for cta in range(timeline.ctas)])
     for event in TIMES:
         passed = ~np.isnan(timeline.at(event))
-        wanted = attends if event.startswith("attention") else np.full_like(attends, event != "logits_done")
+        wanted = works if event.startswith("attention") else np.full_like(works, event != "logits_done")
         assert (passed[:, :-1] == wanted[:, None]).all(), event
         behind = event in ("begin", "residual_read", "normed", "project_wait", "project_begin", "logits_done")
         assert (passed[:, -1] == behind).all(), event

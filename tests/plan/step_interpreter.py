@@ -340,8 +340,7 @@ class Cta:
         own = -(-self.config.q_size // (4 * kernel.WARP * plan.vector_warps))  # quads of a thread
         together = own if own * plan.partials_per_head <= kernel.LOADS or own < 4 else 4
         loaded = max(kernel.LOADS // together, 1)
-        if loaded < plan.partials_per_head:
-            each = each[:, : plan.used_partials(self.s.position)]
+        each = each[:, : plan.used_partials(self.s.position)]
         merged = [kernel.merge_in_rounds(partials, loaded) for partials in each]
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])
 
@@ -403,11 +402,12 @@ class Cta:
     def arrive(self, action: Action) -> None:
         s, layer = self.s, action.layer
         merges = "exchange" if self.plan.merged_ctas > 1 else "attention"
-        if action.name == merges:
+        works = self.plan.works(self.cta, s.position)
+        if action.name == merges and works:
             self.partial = self.merged_slots(layer)
         if action.name == "exchange":
             s.memory.write(f"inbox {self.cluster}", self.rank, layer, self.partial)
-        if action.name == "attention":
+        if action.name == "attention" and works:
             merged = self.plan.merged_ctas
             inbox = s.memory.read(f"inbox {self.cluster}", layer) if merged > 1 else self.partial[None]
             for q, head in enumerate(self.heads):

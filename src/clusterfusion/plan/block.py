@@ -187,6 +187,10 @@ class BlockPlan:
         """Whether a CTA takes part of a bundle's cached tokens."""
         return cta < self.bundles * self.splits
 
+    def works(self, cta: int, position: int) -> bool:
+        """Whether a CTA's cluster has a partial to make: of some of `position` cached tokens, or of the new one."""
+        return self.attends(cta) and cta % self.splits // self.merged_ctas < self.used_partials(position)
+
     def kv_head(self, cta: int) -> int:
         """The K/V head that a CTA attends."""
         return cta // self.splits * self.queries // (self.config.num_heads // self.config.num_kv_heads)

@@ -100,7 +100,8 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         hidden = (*bring, expanded, *place)
     if plan.up_first:
         yield from hidden
-    if plan.attends(cta):
+    tells = plan.attends(cta) and (plan.merged_ctas == 1 or cta % plan.cluster_size == 0)
+    if plan.works(cta, position):
         for kind in ("wait", "load"):
             for rows in plan.attended_rows(cta):
                 yield Action(kind, "qkv", layer, rows)
@@ -110,8 +111,8 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         if plan.merged_ctas > 1:
             yield Action("arrive", "exchange", layer)
             yield wait("exchange", plan.merged_ctas)
-        if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
-            yield Action("arrive", "attention", layer)
+    if tells:  # of a cluster that has nothing to give, too: all have attended the layer before, whose x it has read
+        yield Action("arrive", "attention", layer)
     if c.parallel_residual and not plan.up_first:
         yield from hidden
     yield wait("attention", plan.bundles * plan.partials_per_head)
@@ -147,7 +148,7 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
         Action("signal", "projected", layer),
     )
     cached: tuple[Action, ...] = ()
-    if plan.attends(cta):
+    if plan.works(cta, position):
         tiles = cached_tiles(plan, cta, position)
         cached = (
             Action("await", "queries", layer),

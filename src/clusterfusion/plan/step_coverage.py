@@ -50,7 +50,7 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
             if action.kind in ("read", "finish", "publish") and action.name != "kv" and action.rows:
                 dealt[action.kind, action.name, action.layer].append(action.rows)
         taken = [(action.layer, action.rows) for action in tiles if action.name == "kv"]
-        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if plan.attends(cta)]
+        wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if plan.works(cta, position)]
         require(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
         require([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
         reads = [a.name for a in vectors if a.kind == "read"]

@@ -30,10 +30,12 @@ class Attention : public CtaState<S> {
   __device__ Attention(const Workspace& workspace, int position, Shared& shared)
       : Base(workspace, position, shared, 0), gather_(shared.gather) {}
 
-  // Leaves the partials of this CTA's cluster in the workspace, of what the tile warps make of its cached tokens. True where
-  // somebody has to be told: on rank 0 of a cluster. heads_read() comes when q, k and v are there.
+  // Leaves the partials of this CTA's cluster in the workspace, of what the tile warps make of its cached tokens; nothing where it
+  // has none. True where somebody has to be told: on rank 0 of a cluster. heads_read() comes when q, k and v are there.
   template <bool kWhole, typename HeadsRead>
   __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadsRead heads_read) {
+    const bool tells = S::kMerged == 1 || cluster_rank() == 0;
+    if (!this->works()) return tells;
     load_heads<kWhole>(cache, layer, epoch);
     heads_read();
     this->signal(kQueriesReady);
@@ -57,7 +59,7 @@ class Attention : public CtaState<S> {
       return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     });
     if (gather_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
-    if (S::kMerged > 1 && cluster_rank() != 0) return false;
+    if (!tells) return false;
     float* to = u_.partials + (bundle() * kQueries * S::kPartials + split() / S::kMerged) * kPartial;
     for (int at = thread_; at < kPartialsFloats; at += S::kVectorThreads) {
       const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
@@ -79,7 +81,7 @@ class Attention : public CtaState<S> {
     // there are, or a few; of those, all that hold anything.
     constexpr int kLoads = 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
     constexpr int kLoaded = smaller(S::kPartials, larger(kLoads / kTogether, 1));
-    const int used = kLoaded == S::kPartials ? S::kPartials : this->used_partials();
+    const int used = this->used_partials();  // others may hold what an earlier launch left
 #pragma unroll
     for (int group = 0; group < kOwn; group += kTogether) {
       const auto quad_of = [&](int i) { return (group + i) * S::kVectorThreads + thread_; };

@@ -221,6 +221,8 @@ class CtaShare {
     const int tiles = (position_ + Cached::kTokens - 1) / Cached::kTokens;
     return max(1, min(S::kPartials, (tiles + S::kMerged - 1) / S::kMerged));
   }
+  // Whether this CTA's cluster has a partial to make: of cached tokens, or of the new one.
+  __device__ bool works() const { return attends() && split() / S::kMerged < used_partials(); }
   __device__ int tile_tokens(int tile) const { return min(Cached::kTokens, position_ - (split() + tile * S::kSplits) * Cached::kTokens); }
 
   int cta_, position_;

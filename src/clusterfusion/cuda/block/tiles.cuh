@@ -152,9 +152,9 @@ class TileWarps : public CtaState<S> {
   // This CTA's part of its bundle's cached tokens. Tile t goes to slot t % kWarps, whichever warp takes it.
   __device__ void cached(int layer) {
     trace_.mark(TraceEvent::cached_wait);
-    if (this->attends()) this->await(kQueriesReady, layer);
+    if (this->works()) this->await(kQueriesReady, layer);
     trace_.mark(TraceEvent::cached_begin);
-    if (this->attends()) {
+    if (this->works()) {
       typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
       int slot = -1;
       ring_.template tiles<S::kTileBytes>(this->cached_tiles(), [&](int tile, const char* data) {

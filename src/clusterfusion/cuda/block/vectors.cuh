@@ -82,11 +82,12 @@ class VectorWarps : public Attention<S> {
     if constexpr (S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole, kFaultCta>(targets, layer);
     if constexpr (runs<kSegment>(Segment::attend)) {
       if (this->attends()) {
-        trace_.mark(TraceEvent::attention_wait);
+        if (this->works()) trace_.mark(TraceEvent::attention_wait);
         const bool tells =
             this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::attention_begin); });
+        // Also of a cluster without cached tokens, at once: the input that it has read tells that all have attended the layer before.
         if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone));
-        trace_.mark(TraceEvent::attention_done);
+        if (this->works()) trace_.mark(TraceEvent::attention_done);
       }
     }
     if constexpr (S::kParallel && !S::kUpFirst && runs<kSegment>(Segment::output)) {
