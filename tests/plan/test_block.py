@@ -270,3 +270,14 @@ def test_what_the_kernels_cannot_run_is_named(change: dict[str, object], complai
     config = dataclasses.replace(named_shape("pythia-2.8b"), **change)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match=complaint):
         plan_block(config, H200)
+
+
+@pytest.mark.parametrize(("multiprocessors", "vocab_size"), [(132, 2**32 // 128), (8, 2**31 // 256 * 8)])
+def test_a_vocabulary_beyond_32_bits_is_refused(multiprocessors: int, vocab_size: int) -> None:
+    """Its rows times CTAs, or the bytes of a CTA's share."""
+    limits = dataclasses.replace(H200, multiprocessors=multiprocessors)
+    config = named_shape("pythia-14m")
+    assert config.hidden_size * planning.ELEMENT_BYTES == 256
+    with pytest.raises(UnsupportedModelError, match=f"vocab_size is {vocab_size}; "):
+        plan_block(dataclasses.replace(config, vocab_size=vocab_size), limits)
+    plan_block(dataclasses.replace(config, vocab_size=vocab_size - 16), limits)

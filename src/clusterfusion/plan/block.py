@@ -255,8 +255,16 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
             f"hidden_size {config.hidden_size} needs {plan.shared_bytes} bytes of shared memory a block; {limits.name} has "
             f"{limits.shared_bytes_per_block}"
         )
+    if not _deals_out(config, ctas):
+        raise UnsupportedModelError(f"vocab_size is {config.vocab_size}; {limits.name} deals out fewer rows in 32 bits")
     check_plan(plan)
     return plan
+
+
+def _deals_out(config: DecoderConfig, ctas: int) -> bool:
+    """Whether the rows of the largest matrix, and a CTA's bytes of it, are numbers of 32 bits."""
+    row_bytes = config.hidden_size * ELEMENT_BYTES
+    return config.vocab_size * ctas < 2**32 and (config.vocab_size // ctas + 1) * row_bytes < 2**31
 
 
 def _window_bytes(config: DecoderConfig) -> int:
@@ -389,7 +397,7 @@ def check_plan(plan: BlockPlan) -> None:
     c = plan.config
     check(plan.shared_bytes <= plan.limits.shared_bytes_per_block, "shared memory", plan.shared_bytes)
     check(plan.ctas <= plan.limits.multiprocessors, "one CTA a multiprocessor", plan.ctas)
-    check(c.vocab_size * plan.ctas < 2**32, "rows are dealt out in 32 bits", c.vocab_size)
+    check(_deals_out(c, plan.ctas), "rows are dealt out, and their bytes counted, in 32 bits", c.vocab_size)
     check(plan.ctas <= c.hidden_size, "a row of the residual vector for every CTA", plan.ctas)
     check(plan.ctas % plan.cluster_size == 0, "whole clusters", plan.ctas)
     check((c.num_heads // c.num_kv_heads) % plan.queries == 0, "a bundle's heads share a K/V head", plan.queries)

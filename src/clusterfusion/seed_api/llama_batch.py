@@ -171,8 +171,10 @@ def _at_address(name: str, address: int, rows: int, device: torch.device) -> Ten
         memory = (ctypes.c_char * (2 * rows * HIDDEN)).from_address(address)
         return torch.frombuffer(memory, dtype=torch.float16).view(rows, HIDDEN)
     assert device.index is not None
-    if not is_device_memory(address, device.index):
+    ends = address, address + 2 * rows * HIDDEN - 1
+    if not all(is_device_memory(end, device.index) for end in ends):
         raise ArgumentError(
-            f"{name} holds {address:#x}, which is no memory of {device}; it must be the address of a cache there"
+            f"{name} holds {address:#x}, from which on there are no {rows} slots of memory of {device}; it must be the address of "
+            "a cache there"
         )
     return torch.as_tensor(_DeviceMemory(address, rows), device=device)

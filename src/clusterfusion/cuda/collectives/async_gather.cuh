@@ -43,6 +43,8 @@ class AsyncGather {
   template <typename Team, typename Mine>
   __device__ __forceinline__ void exchange(Team& team, Mine mine) {
     team.block_sync();
+    // Having given up once, it neither spends the limit again at every later exchange, nor arrives for a phase that has not ended.
+    if (expired_) return;
     const int which = count_ & 1;
     T* inbox = scratch_.inbox[which];
     cuda::std::uint64_t* complete = &scratch_.complete[which];
@@ -61,8 +63,7 @@ class AsyncGather {
     } else if (team.thread() < kLength) {
       mbarrier_arrive_local(complete);
     }
-    // Having given up once, do not spend the limit again at every later exchange.
-    if (!expired_) expired_ = !mbarrier_wait_cluster(complete, count_ >> 1 & 1);
+    expired_ = !mbarrier_wait_cluster(complete, count_ >> 1 & 1);
     count_++;
   }
 

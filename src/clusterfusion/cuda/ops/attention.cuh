@@ -10,6 +10,7 @@
 #include <cuda/std/type_traits>
 
 #include "ops/gemv.cuh"
+#include "ops/ring.cuh"
 #include "primitives/vector.cuh"
 
 namespace clusterfusion {
@@ -113,6 +114,7 @@ class AttentionWarp {
   __device__ __forceinline__ void add_tile(const char* data, int tokens) {
     const uint4* keys = reinterpret_cast<const uint4*>(data);
     const uint4* values = reinterpret_cast<const uint4*>(data + Tiles::kValuesAt);
+    StageReads reads;
     float score[Tiles::kPasses];
     float highest = -kInfinity;
 #pragma unroll
@@ -121,6 +123,7 @@ class AttentionWarp {
       const bool valid = at_.active && token < tokens;
       uint4 packed = {};
       if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
+      reads.saw(packed.x);
       float k[kVector], dot = 0;
       unpack8<W>(packed, k);
 #pragma unroll
@@ -138,6 +141,7 @@ class AttentionWarp {
       const int token = pass * Tiles::kTogether + at_.token;
       uint4 packed = {};
       if (at_.active && token < tokens) packed = values[token * Tiles::kLanes + at_.chunk];
+      reads.saw(packed.x);
       const float p = exp2f(score[pass] - base);  // 0 for a token that is not there
       float v[kVector];
       unpack8<W>(packed, v);
@@ -145,6 +149,7 @@ class AttentionWarp {
 #pragma unroll
       for (int k = 0; k < kVector; k++) values_[k] = fmaf(p, v[k], values_[k]);
     }
+    reads.wait();
   }
 
   // Folds the warp's token groups in order and writes the slot's partial: values [kHeadDim], then maximum and sum.
@@ -193,7 +198,8 @@ class GroupedAttentionWarp {
       : at_(lane), lane_(lane), head_(lane / kHeadLanes), queries_(queries), scores_(scores.of) {}
 
   __device__ __forceinline__ void add_tile(const char* data, int tokens) {
-    score(reinterpret_cast<const uint4*>(data), tokens);
+    StageReads reads;
+    score(reads, reinterpret_cast<const uint4*>(data), tokens);
     __syncwarp();
     const float keep = soften(tokens);
     __syncwarp();
@@ -203,7 +209,8 @@ class GroupedAttentionWarp {
 #pragma unroll
       for (int step = 0; step < kSteps; step++) values_[q][step].x *= mine, values_[q][step].y *= mine;
     }
-    weigh(reinterpret_cast<const unsigned*>(data + Tiles::kValuesAt), tokens);
+    weigh(reads, reinterpret_cast<const unsigned*>(data + Tiles::kValuesAt), tokens);
+    reads.wait();
     __syncwarp();  // all have read the scores
   }
 
@@ -227,13 +234,14 @@ class GroupedAttentionWarp {
   }
 
  private:
-  __device__ __forceinline__ void score(const uint4* keys, int tokens) {
+  __device__ __forceinline__ void score(StageReads& reads, const uint4* keys, int tokens) {
 #pragma unroll 1
     for (int first = 0; first < tokens; first += Tiles::kTogether) {
       const int token = first + at_.token;
       const bool valid = at_.active && token < tokens;
       uint4 packed = {};
       if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
+      reads.saw(packed.x);
       float k[kVector];
       unpack8<W>(packed, k);
 #pragma unroll 1
@@ -279,14 +287,16 @@ class GroupedAttentionWarp {
     return keep;
   }
 
-  __device__ __forceinline__ void weigh(const unsigned* values, int tokens) {
+  __device__ __forceinline__ void weigh(StageReads& reads, const unsigned* values, int tokens) {
 #pragma unroll 2
     for (int token = 0; token < tokens; token++) {
       float2 v[kSteps];
 #pragma unroll
       for (int step = 0; step < kSteps; step++) {
         const int pair = step * kWarpSize + lane_;
-        v[step] = pair < kPairs ? unpack(values[token * kPairs + pair], W()) : make_float2(0.0f, 0.0f);
+        const unsigned word = pair < kPairs ? values[token * kPairs + pair] : 0;
+        reads.saw(word);
+        v[step] = unpack(word, W());
       }
 #pragma unroll
       for (int first = 0; first < kQueries; first += kAccess) {

@@ -10,6 +10,7 @@
 #include <cuda/std/type_traits>
 
 #include "collectives/block_sum.cuh"
+#include "ops/ring.cuh"
 
 namespace clusterfusion {
 
@@ -135,18 +136,6 @@ __device__ __forceinline__ void gemv(
   constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
   struct Held {
     uint4 of[kHolds ? kTogether : 1][kHolds ? kSteps : 1];
-    // Behind this all of them are there. A stage must not be handed back before: that a read has been issued does not keep a later
-    // bulk copy from overtaking it, which the hardware takes for another kind of access (now and then it did).
-    __device__ __forceinline__ void arrive() const {
-      unsigned word = 0;
-#pragma unroll
-      for (const auto& row : of) {
-#pragma unroll
-        for (const uint4& packed : row) word ^= packed.x;
-      }
-      // Something that has to know the word, and does nothing: a pause that one word in four billion would be.
-      asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x9e3779b9;\n@p nanosleep.u32 20;\n}" ::"r"(word) : "memory");
-    }
   };
   bool is_ready = false;
   const auto make_ready = [&] {
@@ -165,13 +154,14 @@ __device__ __forceinline__ void gemv(
   const auto vectors_of = [&](int tile) {
     return kEven ? kRowVectors : min(kRowVectors, Tiles::kColumns / kVector - part_of(tile) * kRowVectors);
   };
-  const auto load = [&](const char* data, int r, int v, int vectors) {
+  const auto load = [&](StageReads& reads, const char* data, int r, int v, int vectors) {
     uint4 packed = {};
     if (kWhole || v < vectors) packed = reinterpret_cast<const uint4*>(data)[r * kRowVectors + v];
+    reads.saw(packed.x);
     return packed;
   };
   // Rows base to base + kTogether - 1 of a tile: those that are held, or where they are, at `data`.
-  const auto multiply = [&](int tile, int base, const char* data, const Held& held) {
+  const auto multiply = [&](int tile, int base, const char* data, const Held& held, StageReads& reads) {
     const int part = part_of(tile), vectors = vectors_of(tile);
     LaneSum sums[kTogether];
 #pragma unroll kUnrolled
@@ -188,7 +178,7 @@ __device__ __forceinline__ void gemv(
         if constexpr (kHolds) {
           unpack8<W>(held.of[r][step], a);
         } else {
-          unpack8<W>(load(data, base + r, v, vectors), a);
+          unpack8<W>(load(reads, data, base + r, v, vectors), a);
         }
         sums[r].add(a, b);
       }
@@ -205,27 +195,29 @@ __device__ __forceinline__ void gemv(
       Tiles::tiles(rows),
       [&](int tile, const char* data) {
         Held held = {};
+        StageReads reads;
         if constexpr (kHolds) {
 #pragma unroll
           for (int r = 0; r < Tiles::kRows; r++) {
 #pragma unroll
-            for (int step = 0; step < kSteps; step++) held.of[r][step] = load(data, r, step * kWarpSize + lane, vectors_of(tile));
+            for (int step = 0; step < kSteps; step++) held.of[r][step] = load(reads, data, r, step * kWarpSize + lane, vectors_of(tile));
           }
-          held.arrive();
         } else {
           make_ready();
 #pragma unroll 1
           for (int base = 0; base < Tiles::kRows; base += kTogether) {
             if (tile / Tiles::kParts * Tiles::kRows + base >= rows) break;
-            multiply(tile, base, data, held);
+            multiply(tile, base, data, held, reads);
           }
         }
+        reads.wait();
         return held;
       },
       [&](int tile, const Held& held) {
         if constexpr (kHolds) {
           make_ready();
-          multiply(tile, 0, nullptr, held);
+          StageReads none;
+          multiply(tile, 0, nullptr, held, none);
         }
       });
   make_ready();

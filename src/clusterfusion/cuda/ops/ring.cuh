@@ -85,6 +85,22 @@ class RingProducer {
   long long waited_for_room_ = 0;
 };
 
+// What a warp reads of a stage, which it may hand back behind wait() only: then the values are there. That reads have been issued does
+// not keep the next copy from overtaking them, since the hardware takes bulk copies for another kind of access (now and then one did);
+// and the compiler moves what is made of the values behind the hand-back.
+class StageReads {
+ public:
+  // A word of every access.
+  __device__ __forceinline__ void saw(unsigned word) { words_ ^= word; }
+  // Something that has to know the words and does nothing: a pause, for one word in four billion.
+  __device__ __forceinline__ void wait() const {
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x9e3779b9;\n@p nanosleep.u32 20;\n}" ::"r"(words_) : "memory");
+  }
+
+ private:
+  unsigned words_ = 0;
+};
+
 // A warp's side. Every warp walks the same phases; in each it visits its own tiles, and its team's stages. kTimed: counts the clocks of its waits.
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
@@ -93,8 +109,8 @@ class RingConsumer {
       : stages_(stages), barriers_(barriers), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
         ahead_(warp / Ring::kTiles) {}
 
-  // For this warp's tiles among the `count` of the next phase, of kTileBytes each: calls take(tile, data), which gives a Held, hands
-  // the stage back, and calls use(tile, held).
+  // For this warp's tiles among the `count` of the next phase, of kTileBytes each: calls take(tile, data), which waits for its StageReads and
+  // gives a Held, hands the stage back, and calls use(tile, held).
   template <int kTileBytes, typename Held, typename Take, typename Use>
   __device__ __forceinline__ void tiles(int count, Take take, Use use) {
     static_assert(kTileBytes * Ring::kTiles <= Ring::kStageBytes, "tiles fit their stage");

@@ -91,6 +91,9 @@ __global__ void __launch_bounds__((kWarps + 1) * kWarpSize, 1) read_by_bulk_copi
     } else {
       for (int i = lane; i < count; i += kWarpSize) word ^= fold(vectors[i]);
     }
+    StageReads reads;
+    reads.saw(word);
+    reads.wait();
   });
   word = fold_warps<kWarps>(word, warp_words, WaitConsumers<kWarps>());
   if (threadIdx.x == 0) a.words[blockIdx.x] = word;
