@@ -21,6 +21,7 @@ from tiny_models import relative_error
 from clusterfusion import reference
 from clusterfusion.plan import BlockPlan, step, step_schedule
 from clusterfusion.plan.block import ROLES, Role
+from clusterfusion.plan.block_check import of_group
 from clusterfusion.plan.step import Action
 from clusterfusion.weights import DecoderWeights
 
@@ -191,19 +192,19 @@ class Cta:
     def met(self, wait: Action) -> bool:
         """By parity, an await of round n passes when n is the last complete round, or n - 2, and so on."""
         if wait.kind == "await":
-            return self.rounds[wait.name] % 2 != wait.layer % 2
+            return self.rounds[wait.label] % 2 != wait.layer % 2
         if wait.name in step.PAIRS:
             name, version = step.version(self.plan, wait.name, wait.layer)
             return self.s.memory.complete(name, version, wait.rows)
-        return self.s.counters[self._counter(wait.name)] >= wait.target
+        return self.s.counters[self._counter(wait)] >= wait.target
 
-    def _counter(self, name: str) -> tuple[str, int]:
-        return name, self.cluster if name == "exchange" else 0
+    def _counter(self, action: Action) -> tuple[str, int]:
+        return action.label, self.cluster if action.name == "exchange" else 0
 
     # -- between roles
 
     def signal(self, action: Action) -> None:
-        self.rounds[action.name] += 1
+        self.rounds[action.label] += 1
 
     def put(self, place: str, content: str, layer: int, values: Array) -> None:
         self.shared[place] = (content, layer), values
@@ -213,9 +214,9 @@ class Cta:
         found, values = self.shared.get(place, (None, np.empty(0)))
         if found == (content, layer):
             return values
-        sizes = {"hidden": self.config.intermediate_size, "attended": self.config.q_size}
+        sizes = {"hidden": len(self.plan.hidden_group(0)), "attended": self.config.q_size}
         size = sizes.get(content, self.config.hidden_size)
-        return np.full(size if place in ("x1", "x2") else 1, np.nan, self.s.dtype)
+        return np.full(size if place[:2] in ("x1", "x2") else 1, np.nan, self.s.dtype)
 
     def load(self, action: Action) -> None:
         memory, layer = self.s.memory, action.layer
@@ -228,7 +229,7 @@ class Cta:
         elif action.name == "partials":
             values = self.attention(layer)
         else:
-            values = memory.read("h", layer)
+            values = memory.read("h", layer, action.rows)
         self.loaded[action.name] = values
         if action.name == "x" and layer == 0:
             rows = self.plan.rows(self.config.hidden_size, self.cta)
@@ -239,7 +240,7 @@ class Cta:
         if name == "attended":
             self.put("x1", name, layer, self.loaded["partials"])
         elif name == "hidden":
-            self.put("x2", name, layer, self.loaded["h"])
+            self.put(of_group("x2", action.group), name, layer, self.loaded["h"])
         elif name == "queries":
             queries, key, value = self.rotated()
             self.put("queries", name, layer, queries)
@@ -249,7 +250,7 @@ class Cta:
         elif name == "middle_normed":
             weights = self.s.weights.layers[layer]
             normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
-            self.put("x2", name, layer, normed)
+            self.put("x1", name, layer, normed)
         elif layer == self.config.num_layers:
             w = self.s.weights
             self.put("x1", name, layer, self.norm("x", w.final_norm_weight, w.final_norm_bias))
@@ -266,7 +267,7 @@ class Cta:
         if action.name == "kv":
             self.put("slots", "kv", action.layer, self.attend(action))
             return
-        s, layer, rows = self.s, action.layer, action.rows
+        s, layer, rows, group = self.s, action.layer, action.rows, action.group
         parts = step.row_parts(self.plan, action.name)
         if action.name == "lm_head":
             x = self.find("x1", "normed", layer)
@@ -279,11 +280,12 @@ class Cta:
             value = kernel.gemv(s.rows(weight, rows), x, parts)[:, 0]
             self.qkv = value + self.bias(bias, layer, rows)
         elif action.name == "up":
-            x = self.find("x2", "normed" if self.config.parallel_residual else "middle_normed", layer)
+            of = ("x2", "normed") if self.config.parallel_residual else ("x1", "middle_normed")
+            x = self.find(*of, layer)
             value = kernel.gemv(s.rows(weights.up_weight, rows), x, parts)[:, 0]
             if weights.gate_weight is not None:
                 gate = kernel.gemv(s.rows(weights.gate_weight, rows), x, parts)[:, 0]
-                self.put("up_sums", "up", layer, np.stack((gate, value)))
+                self.put(of_group("up_sums", group), "up", layer, np.stack((gate, value)))
                 return
             h = self.activation(value + self.bias(weights.up_bias, layer, rows))
             s.memory.write("h", rows, layer, s.rounded(h))
@@ -292,20 +294,22 @@ class Cta:
             self.put("o_sums", "o", layer, kernel.gemv(s.rows(weights.o_weight, rows), x, parts))
         else:
             assert action.name == "down"
-            x = self.find("x2", "hidden", layer)
-            sums = kernel.gemv(s.rows(weights.down_weight, rows), x, parts)
+            x = self.find(of_group("x2", group), "hidden", layer)
+            columns, each = self.plan.hidden_group(group), len(parts) // self.plan.hidden_groups
+            weight = s.rows(weights.down_weight, rows)[:, columns.start : columns.stop]
+            sums = kernel.gemv(weight, x, parts[group * each : (group + 1) * each])
             if (
                 rows.start > self.plan.rows(self.config.hidden_size, self.cta).start
             ):  # the first rows' are there already
                 sums = np.concatenate((np.broadcast_to(self.find("down_sums", "down", layer), self.down_shape), sums))
             self.down_shape = sums.shape
-            self.put("down_sums", "down", layer, sums)
+            self.put(of_group("down_sums", group), "down", layer, sums)
 
     def finish(self, action: Action) -> None:
         """The CTA's rows of h, of the sums of its gates and of up."""
         layer, rows = action.layer, action.rows
         weights = self.s.weights.layers[layer]
-        sums = np.broadcast_to(self.find("up_sums", "up", layer), (2, len(rows)))
+        sums = np.broadcast_to(self.find(of_group("up_sums", action.group), "up", layer), (2, len(rows)))
         gate = self.activation(sums[0] + self.bias(weights.gate_bias, layer, rows))
         self.s.memory.write(
             "h", rows, layer, self.s.rounded(gate * (sums[1] + self.bias(weights.up_bias, layer, rows)))
@@ -413,7 +417,7 @@ class Cta:
             for q, head in enumerate(self.heads):
                 at = head * self.plan.partials_per_head + self.split // merged
                 s.memory.write("partials", at, layer, kernel.merge(inbox[:, q]))
-        s.counters[self._counter(action.name)] += 1
+        s.counters[self._counter(action)] += 1
         if action.name == "token" and s.counters["token", 0] == self.plan.ctas:
             s.chosen = int(s.memory.read("logits", layer).argmax())
 
@@ -436,8 +440,9 @@ class Cta:
     def folded(self, matrix: str, bias: torch.Tensor | None, layer: int, rows: range) -> Array:
         """A bias and the parts of a row's sum, in order."""
         value = self.bias(bias, layer, rows)
-        for part in self.find(f"{matrix}_sums", matrix, layer).T:
-            value = value + part
+        for group in range(self.plan.hidden_groups if matrix == "down" else 1):
+            for part in self.find(of_group(f"{matrix}_sums", group), matrix, layer).T:
+                value = value + part
         return value
 
 

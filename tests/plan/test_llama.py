@@ -69,7 +69,9 @@ def test_up_evens_out_what_the_others_leave() -> None:
     shares = set()
     for cta in range(plan.ctas):
         rows = {name: len(plan.rows(size, cta)) for name, size in (("qkv", 6144), ("out", 4096))}
-        shares.add(4096 * (rows["qkv"] + 2 * len(plan.up_rows(cta))) + (4096 + c.intermediate_size) * rows["out"])
+        shares.add(
+            4096 * (rows["qkv"] + 2 * sum(map(len, plan.up_groups(cta)))) + (4096 + c.intermediate_size) * rows["out"]
+        )
     assert max(shares) - min(shares) < 2 * (2 * 4096), "to within a row of up and its gate, either way"
 
 
@@ -235,6 +237,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+TILE_A_STAGE = {
+    "stage_tiles": 1,
+    "warps": 2,
+    "stages": 6,
+    "window_stages": 3,
+}  # a part of a row of down is a group of h
 CASES = {
     "two heads a K/V head": Case(),
     "a head a K/V head": Case({"num_key_value_heads": 4}),
@@ -248,11 +256,23 @@ CASES = {
     "head_dim 80": Case(heads(4, 1, 80, num_hidden_layers=3)),
     "head_dim 128, many tokens": Case(heads(4, 2, 128, hidden=64), position=101, ctas=8),
     "rows of down and of o in parts": Case(heads(8, 2, 64, hidden=32, intermediate_size=1040), ctas=12),
+    "h in two groups": Case({"intermediate_size": 1024}, ctas=12, plan=TILE_A_STAGE),
+    "h in three groups, biases": Case(
+        {"intermediate_size": 1536, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}, plan=TILE_A_STAGE
+    ),
+    "h in four groups, a row or two a CTA": Case({"intermediate_size": 2048}, ctas=40, plan=TILE_A_STAGE),
+    "h in two groups of two tiles": Case(
+        {"intermediate_size": 2048}, plan=TILE_A_STAGE | {"stage_tiles": 2, "warps": 4}
+    ),
     "a row or two a CTA": Case({"num_hidden_layers": 3}, ctas=40, position=101),
     "one CTA a bundle": Case(ctas=2, position=101),
     "nothing cached": Case(position=0),
     "one token cached": Case(position=1),
 }
+
+
+def test_the_cases_have_groups_of_h() -> None:
+    assert {case.build()[0].hidden_groups for case in CASES.values()} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

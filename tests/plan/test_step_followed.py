@@ -3,6 +3,7 @@ bits in every order in which CTAs go on; and what is missing from it shows in th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,12 @@ class Case:
 
 SEQUENTIAL = {"use_parallel_residual": False}
 WIDE = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 3, "hidden_act": "gelu_fast"}
+TILE_A_STAGE = {
+    "stage_tiles": 1,
+    "warps": 2,
+    "stages": 6,
+    "window_stages": 3,
+}  # a part of a row of down is a group of h
 CASES = {
     "parallel": Case(),
     "sequential": Case(SEQUENTIAL),
@@ -65,6 +72,15 @@ CASES = {
     "parallel head_dim 80": Case(WIDE, ctas=14, position=101),
     "one CTA a head": Case(ctas=6, position=101),
     "one cluster a head, CTAs without a head": Case(ctas=10),
+    "h in two groups": Case(SEQUENTIAL | {"intermediate_size": 1024}, ctas=12, plan=TILE_A_STAGE),
+    "h in three groups": Case(SEQUENTIAL | {"intermediate_size": 1536}, position=101, plan=TILE_A_STAGE),
+    "h in four groups, a row or two a CTA": Case(
+        SEQUENTIAL | {"intermediate_size": 2048, "num_hidden_layers": 3}, ctas=40, plan=TILE_A_STAGE
+    ),
+    "h in two groups of two tiles": Case(
+        SEQUENTIAL | {"intermediate_size": 2048}, plan=TILE_A_STAGE | {"stage_tiles": 2, "warps": 4}
+    ),
+    "rows of down in three parts, sequential": Case(SEQUENTIAL | {"intermediate_size": 1040}, ctas=12),
     "rows of down in three parts": Case({"intermediate_size": 1040}, ctas=12),
     "a row or two a CTA": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
     "a row or two a CTA, parallel": Case({"num_hidden_layers": 3}, ctas=40, position=101),
@@ -89,13 +105,16 @@ IN_ORDERS = {f"{name}, {order}": (case, order) for name, case in CASES.items() f
 ONE_OF_EACH = [(CASES["parallel"], "up_first"), (CASES["parallel"], "qkv_first"), (CASES["sequential"], "sequential")]
 
 
-def test_the_cases_have_every_order_and_both_deals_of_up() -> None:
-    seen = set()
+def test_the_cases_have_every_order_both_deals_of_up_and_groups_of_h() -> None:
+    seen, groups = set(), collections.defaultdict(set)
     for case, order in IN_ORDERS.values():
         plan, *_ = case.build(order)
         up = plan.config.intermediate_size
-        seen.add((order, all(plan.up_rows(cta) == plan.rows(up, cta) for cta in range(plan.ctas))))
+        as_the_rest = all(sum(map(len, plan.up_groups(cta))) == len(plan.rows(up, cta)) for cta in range(plan.ctas))
+        seen.add((order, as_the_rest))
+        groups[order].add(plan.hidden_groups)
     assert seen == {(order, as_the_rest) for order in ORDERS for as_the_rest in (True, False)}
+    assert groups == {"up_first": {1}, "qkv_first": {1}, "sequential": {1, 2, 3, 4}}
 
 
 @pytest.mark.parametrize(("case", "order"), IN_ORDERS.values(), ids=IN_ORDERS)
@@ -155,24 +174,27 @@ def test_sixteen_bit_weights_round_h_and_the_cache(case: Case, order: Order, dty
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_missing_wait_shows_in_the_results(order: Order) -> None:
     """In one CTA alone: what it should have waited for is not there, in some order at least."""
-    case = Case(model_of(order), ctas=10, plan={"fifths_before_cached": 2})  # of few rows, one fifth would be none
+    # Of few rows, one fifth would be none.
+    case = Case(model_of(order) | {"intermediate_size": 1024}, ctas=10, plan=TILE_A_STAGE | {"fifths_before_cached": 2})
     plan, weights, cache, ids = case.build(order)
+    assert plan.hidden_groups == (2 if order == "sequential" else 1)
     waits = {
-        (action.kind, action.name)
+        (action.kind, action.label)
         for role in ROLES
         for action in step.step_schedule(plan, 4, role, 45)
         if action.kind in ("wait", "await")
-    } - {("await", "expanded"), ("await", "projected")}
+    } - {("await", "expanded"), ("await", "expanded 1"), ("await", "projected")}
     if order == "sequential":
         assert {("wait", "middle"), ("await", "middle_normed"), ("await", "down_sums")} <= waits
-    assert len(waits) == (14 if order == "sequential" else 11)
+        assert {("wait", "hidden"), ("wait", "hidden 1"), ("await", "hidden"), ("await", "hidden 1")} <= waits
+    assert len(waits) == (16 if order == "sequential" else 11)
     for each in sorted(waits):
 
         def schedule(
             plan: BlockPlan, cta: int, role: Role, position: int, each: tuple[str, str] = each
         ) -> Iterator[Action]:
             actions = step.step_schedule(plan, cta, role, position)
-            return (a for a in actions if cta != 4 or (a.kind, a.name) != each)
+            return (a for a in actions if cta != 4 or (a.kind, a.label) != each)
 
         interpreter = StepInterpreter(plan, weights, cache, int(ids[-1]), case.position, schedule=schedule)
         assert any(_goes_wrong(interpreter, seed) for seed in range(20)), each

@@ -2,7 +2,8 @@
 
 The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
 R rows, but for the up projection's, which even out what the others leave uneven; in tiles of a row, or of parts of one that
-is longer than a tile. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
+is longer than a tile. With sequential residual the up projection's rows come in hidden groups, and the down projection's parts too: what
+is multiplied by the first group of h, then by the next one. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
 
 `queries` query heads that share a K/V head are a bundle: all that share it, or a part. Bundle b belongs to the `splits` CTAs from
 b * splits on, whole clusters, which take its cached tokens tile by tile in turn. Rows of the projection of q, k and v come K/V head
@@ -17,7 +18,7 @@ from typing import Literal
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
-from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress
+from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress, of_group
 from clusterfusion.plan.limits import PlanLimits
 from clusterfusion.plan.sizes import (
     BARRIER_BYTES,
@@ -72,7 +73,9 @@ UP_FIRST_BYTES = 200 * 1024
 # And so many fifths of down come before the cached tokens: by then the queries are there, and what is left of it hides the merge.
 FIFTHS_BEFORE_CACHED = 1
 PAIR_BYTES = 8  # a float and its epoch
-COUNTER_BYTES = 4 * 128  # four counters, each on a cache line of its own
+# With sequential residual, groups of h that come one after another: each has a counter.
+MOST_HIDDEN_GROUPS = 4
+COUNTER_BYTES = (3 + MOST_HIDDEN_GROUPS) * 128  # each counter on a cache line of its own
 
 # In which a layer's matrices come; which vectors are ready when follows from it. Sequential residual leaves no choice.
 Order = Literal["up_first", "qkv_first", "sequential"]
@@ -152,6 +155,20 @@ class BlockPlan:
         return 2 if self.config.gated_mlp else 1
 
     @property
+    def hidden_groups(self) -> int:
+        """Groups in which h is made and used: with sequential residual one a stage of a row of down, where those are few and alike."""
+        up = self.config.intermediate_size
+        parts = -(-up * ELEMENT_BYTES // self.tile_bytes)
+        groups, rest = divmod(parts, self.stage_tiles)
+        fit = not rest and groups <= MOST_HIDDEN_GROUPS and up // VECTOR % parts == 0
+        return groups if fit and not self.config.parallel_residual else 1
+
+    def hidden_group(self, group: int) -> range:
+        """The elements of h, rows of up, in a group."""
+        size = self.config.intermediate_size // self.hidden_groups
+        return range(group * size, (group + 1) * size)
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """The launches of the split form, in order."""
         if self.config.parallel_residual:
@@ -205,13 +222,18 @@ class BlockPlan:
         return range(first, first + self.queries * size), range(group + heads * size, group + self.group_rows)
 
     def rows(self, total: int, cta: int) -> range:
-        """The rows of a matrix of `total` rows that a CTA reads; of the up projection, `up_rows`."""
+        """The rows of a matrix of `total` rows that a CTA reads; of the up projection, `up_groups`."""
         return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
 
-    def up_rows(self, cta: int) -> range:
-        """The rows of the up projection that a CTA reads: so many that its share of all of a layer's weights is even to within
-        a row, where it has enough of them to make up for a row of every other matrix."""
-        return range(self._up_row(cta), self._up_row(cta + 1))
+    def up_groups(self, cta: int) -> tuple[range, ...]:
+        """The rows of the up projection that a CTA reads, of each hidden group: in all so many that its share of all of a layer's
+        weights is even to within a row, where it has enough of them to make up for a row of every other matrix."""
+        groups, first, last = self.hidden_groups, self._up_row(cta), self._up_row(cta + 1)
+
+        def row(up_row: int, group: int) -> int:  # over the groups, as many as `up_row` (Hermite's identity)
+            return self.hidden_group(group).start + (up_row + group) // groups
+
+        return tuple(range(row(first, group), row(last, group)) for group in range(groups))
 
     def _up_row(self, cta: int) -> int:
         hidden, up, qkv = self.config.hidden_size, self.config.intermediate_size, qkv_rows(self.config)
@@ -339,14 +361,18 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     c = plan.config
     qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
     if role == "tiles":
-        expand: tuple[Step, ...] = (Step("read", "up", plan.up_rows(cta)), Step("signal", "expanded"))
-        if not c.gated_mlp:
-            expand += (Step("arrive", "hidden"),)
+        expand: tuple[Step, ...] = ()
+        for group, rows in enumerate(plan.up_groups(cta)):
+            expand += (Step("read", "up", rows), Step("signal", of_group("expanded", group)))
+            if not c.gated_mlp:
+                expand += (Step("arrive", of_group("hidden", group)),)
         project = (Step("read", "qkv", qkv), Step("publish", "qkv", qkv), Step("signal", "projected"))
         cached: tuple[Step, ...] = ()
         if plan.attends(cta):
             cached = (Step("await", "queries"), Step("signal", "slots"))
-        down: tuple[Step, ...] = (Step("await", "hidden"), Step("read", "down", out))
+        down: tuple[Step, ...] = ()
+        for group in range(plan.hidden_groups):
+            down += (Step("await", of_group("hidden", group)), Step("read", of_group("down", group), out))
         if plan.up_first:
             first = plan.rows_before_cached(out)
             down = (*down[:1], Step("read", "down", first), *cached, Step("read", "down", range(first.stop, out.stop)))
@@ -359,12 +385,13 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield from (*project, *cached, *output, Step("await", "middle_normed"), *expand, *down)
             yield Step("signal", "down_sums")
         return
-    all_hidden = Step("wait", "hidden", target=plan.ctas)
-    hidden: tuple[Step, ...]
-    if c.gated_mlp:  # whose rows the vector warps finish
-        hidden = (Step("await", "expanded"), Step("arrive", "hidden"), all_hidden, Step("signal", "hidden"))
-    else:
-        hidden = (all_hidden, Step("await", "expanded"), Step("signal", "hidden"))
+    hidden: tuple[Step, ...] = ()
+    for group in range(plan.hidden_groups):
+        name = of_group("hidden", group)
+        all_hidden, expanded = Step("wait", name, target=plan.ctas), Step("await", of_group("expanded", group))
+        # With a gate, the vector warps finish the rows.
+        hidden += (expanded, Step("arrive", name), all_hidden) if c.gated_mlp else (all_hidden, expanded)
+        hidden += (Step("signal", name),)
     yield Step("signal", "normed")
     if plan.up_first:
         yield from hidden
@@ -415,5 +442,5 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.threads <= 1024, "threads of a CTA", plan.threads)
     check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
     schedules = {(cta, role): list(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
-    check_coverage(c, schedules)
+    check_coverage(c, plan.hidden_groups, schedules)
     check_progress(c, schedules)

@@ -29,9 +29,15 @@ class Step:
 Schedules = Mapping[tuple[int, Role], Sequence[Step]]  # of every CTA and role
 
 
-def check_coverage(c: DecoderConfig, schedules: Schedules) -> None:
-    """Every row of every matrix is read once, and every row of q, k and v published."""
-    sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size, "o": c.hidden_size, "down": c.hidden_size}
+def of_group(name: str, group: int) -> str:
+    """What is called `name` of a hidden group; of the first one, which may be the only one, just so."""
+    return f"{name} {group}" if group else name
+
+
+def check_coverage(c: DecoderConfig, hidden_groups: int, schedules: Schedules) -> None:
+    """Every row of every matrix is read once, of down the parts for every hidden group, and every row of q, k and v published."""
+    sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size, "o": c.hidden_size}
+    sizes |= {of_group("down", group): c.hidden_size for group in range(hidden_groups)}
     dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
     for steps in schedules.values():
         for step in steps:

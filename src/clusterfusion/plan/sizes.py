@@ -69,7 +69,8 @@ def fixed_shared_bytes(
     program asserts at compile time that its struct fits."""
     c = config
     vector = 4 * max(c.hidden_size, c.q_size)
-    vectors = max(2 * vector, vector + round_up(c.intermediate_size * ELEMENT_BYTES, 16))
+    hidden = round_up(c.intermediate_size * ELEMENT_BYTES, 16)
+    vectors = vector + (max(vector, hidden) if c.parallel_residual else hidden)
     partial = queries * 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
     o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
@@ -82,7 +83,7 @@ def fixed_shared_bytes(
         bias_rows += up_rows + 2 * up_rows  # the gates', and the sums of both
     # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
     rows = 4 * (out_rows * (1 + o_parts + down_parts) + bias_rows) + 16 * warps
-    return vectors + attention + rows + 640
+    return vectors + attention + rows + 704
 
 
 def cache_tile_bytes(config: DecoderConfig, tokens: int) -> int:

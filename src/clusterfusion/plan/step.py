@@ -6,9 +6,9 @@ order: its tile warps multiply weights, its vector warps make what they are mult
 does and in which order; the tile warps' reads, weights and cached tokens, in the same order, are what the producer copies through the ring.
 plan/step_check.py proves it sound.
 
-What CTAs tell one another: counters, which only grow (attention, hidden, token; exchange, one a cluster), and vectors whose
+What CTAs tell one another: counters, which only grow (attention, token; hidden, one a group of h; exchange, one a cluster), and vectors whose
 rows travel as pairs of value and epoch (qkv, x, and for sequential residual middle), which need no counter. What the roles of
-a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity.
+a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity; for each group of h one of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from clusterfusion.plan.block import MATRICES, BlockPlan
-from clusterfusion.plan.block_check import Role
+from clusterfusion.plan.block_check import Role, of_group
 from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR, qkv_rows
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
@@ -28,14 +28,15 @@ PAIRS = ("qkv", "x", "middle")
 class Action(NamedTuple):
     """One thing that a role of a CTA does in a step.
 
-    read: take `rows` of the matrix `name` of `layer`; name "kv": the tiles `rows` of its bundle's cached tokens.
+    read: take `rows` of the matrix `name` of `layer`, of "down" the parts that are multiplied by `group` of h; name "kv": the
+        tiles `rows` of its bundle's cached tokens.
     finish: with a gated MLP: make the CTA's `rows` of h of the sums of up that its tile warps have left, and write them.
     publish: write the CTA's `rows` of the vector `name` of `layer`, each with its epoch. x of layer l is what layer l
         starts from, x of layer num_layers what the final norm takes.
     arrive: add one to the counter `name`.
     wait: until the counter `name` is `target` or more; for vectors of pairs, until all `rows` are those of `layer`.
     load: from memory into registers: the vector `name`; x of layer 0 is the embedding of the token.
-    place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by.
+    place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by, of h one group.
     signal: that the CTA's other role may go on, and await: until it has said so for this layer.
     """
 
@@ -44,6 +45,12 @@ class Action(NamedTuple):
     layer: int  # num_layers after the last one
     rows: range = range(0)
     target: int = 0
+    group: int = 0  # of h, where it is about one
+
+    @property
+    def label(self) -> str:
+        """The name, with the group."""
+        return of_group(self.name, self.group)
 
 
 class Stage(NamedTuple):
@@ -81,23 +88,24 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
     c = plan.config
     out = plan.rows(c.hidden_size, cta)
 
-    def wait(name: str, arrivals: int) -> Action:
-        return Action("wait", name, layer, target=(layer + 1) * arrivals)
+    def wait(name: str, arrivals: int, group: int = 0) -> Action:
+        return Action("wait", name, layer, target=(layer + 1) * arrivals, group=group)
 
     if layer:
         yield Action("wait", "x", layer, range(c.hidden_size))
     yield Action("load", "x", layer)
     yield Action("place", "normed", layer)  # and the layer's biases
     yield Action("signal", "normed", layer)
-    bring = (wait("hidden", plan.ctas), Action("load", "h", layer))
-    expanded = Action("await", "expanded", layer)
-    place = (Action("place", "hidden", layer), Action("signal", "hidden", layer))
-    hidden: tuple[Action, ...]
-    if c.gated_mlp:  # whose rows the vector warps finish
-        mine = (Action("finish", "h", layer, plan.up_rows(cta)), Action("arrive", "hidden", layer))
-        hidden = (expanded, *mine, *bring, *place)
-    else:
-        hidden = (*bring, expanded, *place)
+    hidden: tuple[Action, ...] = ()
+    for group, rows in enumerate(plan.up_groups(cta)):
+        expanded = Action("await", "expanded", layer, group=group)
+        bring = (wait("hidden", plan.ctas, group), Action("load", "h", layer, plan.hidden_group(group), group=group))
+        if c.gated_mlp:  # whose rows the vector warps finish
+            finish = Action("finish", "h", layer, rows, group=group)
+            hidden += (expanded, finish, Action("arrive", "hidden", layer, group=group), *bring)
+        else:
+            hidden += (*bring, expanded)
+        hidden += (Action("place", "hidden", layer, group=group), Action("signal", "hidden", layer, group=group))
     if plan.up_first:
         yield from hidden
     tells = plan.attends(cta) and (plan.merged_ctas == 1 or cta % plan.cluster_size == 0)
@@ -136,12 +144,11 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
     """A layer of the tile warps: TileWarps::run of the program."""
     c = plan.config
     qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
-    expand: tuple[Action, ...] = (
-        Action("read", "up", layer, plan.up_rows(cta)),
-        Action("signal", "expanded", layer),
-    )
-    if not c.gated_mlp:
-        expand += (Action("arrive", "hidden", layer),)
+    expand: tuple[Action, ...] = ()
+    for group, rows in enumerate(plan.up_groups(cta)):
+        expand += (Action("read", "up", layer, rows, group=group), Action("signal", "expanded", layer, group=group))
+        if not c.gated_mlp:
+            expand += (Action("arrive", "hidden", layer, group=group),)
     project = (
         Action("read", "qkv", layer, qkv),
         Action("publish", "qkv", layer, qkv),
@@ -155,7 +162,9 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
             Action("read", "kv", layer, tiles),
             Action("signal", "slots", layer),
         )
-    down: tuple[Action, ...] = (Action("await", "hidden", layer), Action("read", "down", layer, out))
+    down: tuple[Action, ...] = ()
+    for group in range(plan.hidden_groups):
+        down += (Action("await", "hidden", layer, group=group), Action("read", "down", layer, out, group=group))
     if plan.up_first:
         first = plan.rows_before_cached(out)
         rest = Action("read", "down", layer, range(first.stop, out.stop))
@@ -224,12 +233,16 @@ def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
             yield Stage("kv", read.layer, cached[0], 0, len(cached), len(cached) * tile)
         return
     parts = row_parts(plan, read.name)
+    here = range(len(parts))  # the parts that this read takes of a row
+    if read.name == "down":
+        each = len(parts) // plan.hidden_groups
+        here = here[read.group * each : (read.group + 1) * each]
     step = rows_a_tile(plan, read.name)
     streamed = streamed_rows(plan, read.name, read.rows)
     tiles = [
-        (first, part, min(step, streamed.stop - first) * elements * ELEMENT_BYTES)
+        (first, part, min(step, streamed.stop - first) * parts[part] * ELEMENT_BYTES)
         for first in range(streamed.start, streamed.stop, step)
-        for part, elements in enumerate(parts)
+        for part in here
     ]
     for at in range(0, len(tiles), plan.stage_tiles):
         together = tiles[at : at + plan.stage_tiles]
@@ -241,19 +254,27 @@ def producer_order(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Sta
     """The stages that a CTA's producer fills in one step with `position` cached tokens, in order, never more than `plan.stages`
     ahead of their use: TileProducer::run of the program."""
     c = plan.config
-    rows = {name: plan.rows(qkv_rows(c) if name == "qkv" else c.hidden_size, cta) for name in ("qkv", "o", "down")}
-    rows["up"] = plan.up_rows(cta)
+    out = plan.rows(c.hidden_size, cta)
+    rows = {
+        "qkv": (plan.rows(qkv_rows(c), cta),),
+        "up": plan.up_groups(cta),
+        "o": (out,),
+        "down": (out,) * plan.hidden_groups,
+    }
     before = {"up_first": "down", "qkv_first": "down", "sequential": "o"}[
         plan.order
     ]  # what cached tokens come ahead of
     for layer in range(c.num_layers):
         for name in MATRICES[plan.order]:
-            ahead = range(rows[name].start, rows[name].start)
+            mine = rows[name]
             if name == before:
-                ahead = plan.rows_before_cached(rows[name]) if plan.up_first else ahead
-                yield from stages(plan, Action("read", name, layer, ahead))
+                if plan.up_first:
+                    ahead = plan.rows_before_cached(out)
+                    mine = (range(ahead.stop, out.stop),)
+                    yield from stages(plan, Action("read", name, layer, ahead))
                 yield from stages(plan, Action("read", "kv", layer, cached_tiles(plan, cta, position)))
-            yield from stages(plan, Action("read", name, layer, range(ahead.stop, rows[name].stop)))
+            for group, each in enumerate(mine):
+                yield from stages(plan, Action("read", name, layer, each, group=group))
     yield from stages(plan, Action("read", "lm_head", c.num_layers, plan.rows(c.vocab_size, cta)))
 
 
@@ -268,13 +289,13 @@ def balance(plan: BlockPlan, position: int = 0) -> dict[str, float]:
     for cta in range(plan.ctas):
         for name, rows, layers in (
             ("qkv", plan.rows(qkv_rows(c), cta), c.num_layers),
-            ("up", plan.up_rows(cta), c.num_layers),
+            *(("up", rows, c.num_layers) for rows in plan.up_groups(cta)),
             ("o", plan.rows(c.hidden_size, cta), c.num_layers),
             ("down", plan.rows(c.hidden_size, cta), c.num_layers),
             ("lm_head", plan.rows(c.vocab_size, cta), 1),
         ):
             streamed = len(streamed_rows(plan, name, rows))
-            read[name][cta] = layers * streamed * columns(plan, name) * ELEMENT_BYTES
+            read[name][cta] += layers * streamed * columns(plan, name) * ELEMENT_BYTES
         token_bytes = 2 * c.head_dim * ELEMENT_BYTES
         read["kv"][cta] = c.num_layers * len(cached_tiles(plan, cta, position)) * plan.tile_tokens * token_bytes
         read["step"][cta] = sum(read[name][cta] for name in read if name != "step")

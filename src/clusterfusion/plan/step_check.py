@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from clusterfusion.plan import step
 from clusterfusion.plan.block import BlockPlan
-from clusterfusion.plan.block_check import ROLES, Role
+from clusterfusion.plan.block_check import ROLES, Role, of_group
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_coverage import (
     Key,
@@ -214,12 +214,12 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
     if action.kind == "arrive":
         run.arrivals[_key(plan, cta, action)].append(event)
     if action.kind == "signal":
-        run.rounds[cta, action.name].signals.append((action.layer, event))
+        run.rounds[cta, action.label].signals.append((action.layer, event))
     if action.kind == "await":
-        run.rounds[cta, action.name].awaits.append((action.layer, before, event))
+        run.rounds[cta, action.label].awaits.append((action.layer, before, event))
     for events, named in ((run.writes, _written(plan, action)), (run.uses, _used(plan, action))):
         for name, layer in named:
-            for part in _parts(plan, cta, name, action.rows):
+            for part in _parts(plan, cta, name, action):
                 vector, version = step.version(plan, name, layer)
                 events[vector, version, part].append(event)
     for writes, place, content in _shared(plan, action):
@@ -249,52 +249,57 @@ def _used(plan: BlockPlan, action: Action) -> Iterator[tuple[str, int]]:
 def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[str, int]]]:
     """What an action writes (True) to places in the CTA's shared memory, or needs there. Places of one role alone, where
     barriers of its own keep the order, are not here."""
-    kind, name, layer = action.kind, action.name, action.layer
+    kind, name, layer, group = action.kind, action.name, action.layer, action.group
     gated, parallel, last = plan.config.gated_mlp, plan.config.parallel_residual, layer == plan.config.num_layers
     merges = "exchange" if plan.merged_ctas > 1 else "attention"  # an arrival behind the merge of the CTA's own slots
     if kind == "place" and name == "queries":
         yield True, "queries", (name, layer)
     elif kind == "place":
-        yield True, "x1" if name in ("normed", "attended") else "x2", (name, layer)
+        yield True, of_group("x2", group) if name == "hidden" else "x1", (name, layer)
         if name == "normed" and not last:
             yield True, "biases", ("biases", layer)
             if parallel:
                 yield True, "x2", (name, layer)
     elif kind == "read" and name in ("qkv", "lm_head", "o"):
         yield False, "x1", ("attended" if name == "o" else "normed", layer)
-    elif kind == "read" and name in ("up", "down"):
-        yield False, "x2", ("hidden" if name == "down" else "normed" if parallel else "middle_normed", layer)
+    elif kind == "read" and name == "down":
+        yield False, of_group("x2", group), ("hidden", layer)
+    elif kind == "read" and name == "up":
+        yield False, *(("x2", ("normed", layer)) if parallel else ("x1", ("middle_normed", layer)))
     if (kind == "read" and (name == "qkv" or (name == "up" and not gated))) or kind == "finish":
         yield False, "biases", ("biases", layer)
     if gated and kind == "read" and name == "up":
-        yield True, "up_sums", ("up", layer)
+        yield True, of_group("up_sums", group), ("up", layer)
     if kind == "finish":
-        yield False, "up_sums", ("up", layer)
+        yield False, of_group("up_sums", group), ("up", layer)
     if kind == "read" and name == "kv":
         yield False, "queries", ("queries", layer)
         yield True, "slots", ("kv", layer)
     if kind == "arrive" and name == merges:
         yield False, "slots", ("kv", layer)
     if kind == "read" and name in ("o", "down"):
-        yield True, f"{name}_sums", (name, layer)
+        yield True, of_group(f"{name}_sums", group), (name, layer)
     if kind == "publish" and name in ("x", "middle"):
         of_layer = layer - (name == "x")
         yield False, "biases", ("biases", of_layer)
-        if name == "x":
-            yield False, "down_sums", ("down", of_layer)
+        for each in range(plan.hidden_groups if name == "x" else 0):
+            yield False, of_group("down_sums", each), ("down", of_layer)
         if parallel or name == "middle":
             yield False, "o_sums", ("o", of_layer)
 
 
 def _key(plan: BlockPlan, cta: int, action: Action) -> Key:
     if action.kind in ("signal", "await"):
-        return f"signal {action.name}", action.layer, cta
-    return action.name, action.layer, scope_of(plan, cta, action.name)
+        return f"signal {action.label}", action.layer, cta
+    return action.label, action.layer, scope_of(plan, cta, action.name)
 
 
-def _parts(plan: BlockPlan, cta: int, name: str, rows: range) -> Iterable[int]:
-    """The parts of a vector that are complete by themselves: of q, k and v what one bundle needs, or one head; of others the
-    cluster's or all."""
+def _parts(plan: BlockPlan, cta: int, name: str, action: Action) -> Iterable[int]:
+    """The parts of a vector that are complete by themselves, of which an action writes or uses some: of q, k and v what one bundle
+    needs, or one head; of h a group; of others the cluster's or all."""
+    rows = action.rows
+    if name == "h":
+        return (action.group,)
     if name != "qkv":
         return (scope_of(plan, cta, name),)
     c = plan.config

@@ -13,7 +13,7 @@ from clusterfusion.plan.step import Action
 
 Key = tuple[
     str, int, int
-]  # a counter, vector or signal, its layer, and the cluster or CTA where each has its own (else 0)
+]  # a counter, vector or signal, with its group of h, its layer, and the cluster or CTA where each has its own (else 0)
 
 
 def check_cached_tokens(plan: BlockPlan, position: int) -> None:
@@ -35,42 +35,58 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
     """Every row of every matrix of every layer is read once, and every row of every version of a vector published once."""
     c = plan.config
     layers = range(c.num_layers)
-    sizes = {("read", name, layer): c.hidden_size for name in ("o", "down") for layer in layers}
-    sizes |= {(kind, "qkv", layer): qkv_rows(c) for kind in ("read", "publish") for layer in layers}
-    sizes |= {("read", "up", layer): c.intermediate_size for layer in layers}
-    if c.gated_mlp:
-        sizes |= {("finish", "h", layer): c.intermediate_size for layer in layers}
-    sizes |= {("read", "lm_head", c.num_layers): c.vocab_size}
-    sizes |= {("publish", "x", layer + 1): c.hidden_size for layer in layers}
+    hidden = range(c.hidden_size)
+    groups = [(group, layer) for group in range(plan.hidden_groups) for layer in layers]
+    wanted_rows = {("read", "o", layer, 0): hidden for layer in layers}
+    wanted_rows |= {(kind, "qkv", layer, 0): range(qkv_rows(c)) for kind in ("read", "publish") for layer in layers}
+    for name, kind in (("up", "read"), *((("h", "finish"),) if c.gated_mlp else ())):
+        wanted_rows |= {(kind, name, layer, group): plan.hidden_group(group) for group, layer in groups}
+    wanted_rows |= {("read", "down", layer, group): hidden for group, layer in groups}  # and the parts for that group
+    wanted_rows |= {("read", "lm_head", c.num_layers, 0): range(c.vocab_size)}
+    wanted_rows |= {("publish", "x", layer + 1, 0): hidden for layer in layers}
     if not c.parallel_residual:
-        sizes |= {("publish", "middle", layer): c.hidden_size for layer in layers}
-    dealt: dict[tuple[str, str, int], list[range]] = collections.defaultdict(list)
+        wanted_rows |= {("publish", "middle", layer, 0): hidden for layer in layers}
+    dealt: dict[tuple[str, str, int, int], list[range]] = collections.defaultdict(list)
     for cta, (vectors, tiles) in enumerate(schedules):
         for action in [*vectors, *tiles]:
             if action.kind in ("read", "finish", "publish") and action.name != "kv" and action.rows:
-                dealt[action.kind, action.name, action.layer].append(action.rows)
+                dealt[action.kind, action.name, action.layer, action.group].append(action.rows)
         taken = [(action.layer, action.rows) for action in tiles if action.name == "kv"]
         wanted = [(layer, step.cached_tiles(plan, cta, position)) for layer in layers if plan.works(cta, position)]
         require(taken == wanted, f"CTA {cta} reads its cached tokens once a layer", taken)
         require([a.name for a in tiles].count("token") == 1, f"CTA {cta} says when its logits are there", cta)
         reads = [a.name for a in vectors if a.kind == "read"]
         require(not reads, "only tile warps take from the ring", reads)
-    require(dealt.keys() == sizes.keys(), "matrices and vectors", dealt.keys() ^ sizes.keys())
-    for (kind, name, layer), ranges in dealt.items():
-        end = 0
+    require(dealt.keys() == wanted_rows.keys(), "matrices and vectors", dealt.keys() ^ wanted_rows.keys())
+    for key, ranges in dealt.items():
+        kind, name, layer, _ = key
+        end = wanted_rows[key].start
         for rows in sorted(ranges, key=lambda r: r.start):
             require(rows.start == end, f"every row of {name} of layer {layer} is {kind} once", rows)
             end = rows.stop
-        require(end == sizes[kind, name, layer], f"all rows of {name} of layer {layer} are {kind}", end)
+        require(end == wanted_rows[key].stop, f"all rows of {name} of layer {layer} are {kind}", end)
+    _check_parts(plan)
     for name in ("qkv", "o", "down"):
         require(min(step.row_parts(plan, name)) > 0, f"no part of a row of {name} is empty", step.row_parts(plan, name))
+
+
+def _check_parts(plan: BlockPlan) -> None:
+    """The tiles of a row of down come once, those of a hidden group together, and bring the columns that the group is for."""
+    sizes, taken = step.row_parts(plan, "down"), []
+    for group in range(plan.hidden_groups):
+        read = Action("read", "down", 0, range(1), group=group)
+        parts = [stage.part + tile for stage in step.stages(plan, read) for tile in range(stage.tiles)]
+        columns = range(sum(sizes[: parts[0]]), sum(sizes[: parts[-1] + 1]))
+        require(columns == plan.hidden_group(group), f"what group {group} of h is multiplied by", columns)
+        taken += parts
+    require(taken == list(range(len(sizes))), "every part of a row of down is read once", taken)
 
 
 def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
     """A layer's actions are those of the first one, and its targets all arrivals up to it."""
     c = plan.config
     arrivals = collections.Counter(
-        (a.name, a.layer, scope_of(plan, cta, a.name))
+        (a.label, a.layer, scope_of(plan, cta, a.name))
         for cta, roles in enumerate(schedules)
         for actions in roles
         for a in actions
@@ -82,17 +98,17 @@ def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Ac
     pairs = {"x": range(c.hidden_size), "middle": range(c.hidden_size)}
     for cta, roles in enumerate(schedules):
         for role, actions in zip(ROLES, roles, strict=True):
-            by_layer: dict[int, list[tuple[str, str, range]]] = collections.defaultdict(list)
+            by_layer: dict[int, list[tuple[str, str, int, range]]] = collections.defaultdict(list)
             for action in actions:
                 belongs = action.layer - (action.kind == "publish" and action.name == "x")
-                by_layer[belongs].append((action.kind, action.name, action.rows))
+                by_layer[belongs].append((action.kind, action.name, action.group, action.rows))
                 if action.kind == "wait" and action.name in step.PAIRS:
                     wanted_rows = (pairs[action.name],) if action.name in pairs else plan.attended_rows(cta)
                     require(action.rows in wanted_rows, "all rows that are used are waited for", action)
                 elif action.kind == "wait":
-                    wanted = total[action.name, action.layer, scope_of(plan, cta, action.name)]
+                    wanted = total[action.label, action.layer, scope_of(plan, cta, action.name)]
                     require(action.target == wanted, f"{wanted} arrivals are waited for", action)
-            first = [("wait", "x", range(c.hidden_size))] if role == "vectors" else []
+            first = [("wait", "x", 0, range(c.hidden_size))] if role == "vectors" else []
             for layer in range(1, c.num_layers):
                 require(
                     by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])

@@ -113,7 +113,9 @@ def phases(order: Order) -> tuple[Phase, ...]:
         # Until its own CTA's tiles are summed, and publishing.
         Phase("vectors", "work", "sums", "sums_wait", "published"),
     ]
-    if order == "sequential":  # the middle residual and its norm have no events of their own
+    # The middle residual and its norm have no events of their own, nor have the groups of h but for the last one, which may have to be
+    # waited for; the tiles go on with the first one.
+    if order == "sequential":
         vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
     return tuple(
         phase

@@ -20,13 +20,17 @@ __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; 
 
 // Once a layer, as far as a layer has them. Vector warps signal that something is there for the tile warps: the normed input, the
 // bundle's queries, the attention's output, the normed middle, h. Tile warps signal that they have done: that q, k, v are projected,
-// so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that h may take x2's place
-// and, with a gate, that its sums are there; the sums of the output projection, with parallel residual those of the down projection
-// too, otherwise these for themselves.
-enum Signal { kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kExpanded, kHidden, kDownSums, kQueriesReady, kPartialsReady, kSignals };
+// so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that with parallel
+// residual h may take x2's place and, with a gate, that its sums are there; the sums of the output projection, with parallel
+// residual those of the down projection too, otherwise these for themselves. kExpanded and kHidden are one a hidden group:
+// kExpanded + group.
+enum Signal {
+  kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kDownSums, kQueriesReady, kPartialsReady,
+  kExpanded, kHidden = kExpanded + kMostGroups, kSignals = kHidden + kMostGroups
+};
 __host__ __device__ constexpr bool from_tiles(int signal) {
-  return signal == kProjected || signal == kOutputSums || signal == kExpanded || signal == kDownSums ||
-         signal == kPartialsReady;
+  return signal == kProjected || signal == kOutputSums || (signal >= kExpanded && signal < kExpanded + kMostGroups) ||
+         signal == kDownSums || signal == kPartialsReady;
 }
 
 // What a CTA keeps in shared memory, and the collectives' types that follow from the shape.
@@ -41,8 +45,10 @@ struct CtaTypes {
   static constexpr int kUpBias = kQkvRows, kGateBias = kUpBias + kUpRows;
   static constexpr int kOutBias = S::kGated ? kGateBias + kUpRows : kGateBias, kDownBias = kOutBias + kOutRows;
   static constexpr int kBiases = kDownBias + kOutRows;
-  // Vectors in shared memory: the two normed x of the projections; later, in their place, the attention's output and h.
-  static constexpr int kVectorsBytes = larger(2 * kVectorBytes, kVectorBytes + align16(S::kIntermediate * 2));
+  // Vectors in shared memory: the two normed x of the projections; later, in their place, the attention's output and h. With
+  // sequential residual one after another in the first place, x, the attention's output, the middle, all normed; h has its own.
+  static constexpr int kHiddenBytes = align16(S::kIntermediate * 2);
+  static constexpr int kVectorsBytes = kVectorBytes + (S::kParallel ? larger(kVectorBytes, kHiddenBytes) : kHiddenBytes);
 
   using LocalTeam = PartialTeam<1, S::kVectorThreads, 0, 1>;
   static constexpr int kPartialsFloats = S::kQueries * kPartial;  // of all heads of a bundle
@@ -68,7 +74,7 @@ struct CtaTypes {
     typename Block::Scratch block[2];
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
-    unsigned warps_done;
+    unsigned warps_done[kMostGroups];  // a warp may be done with a group before another is with the one before
     int expired;
     // Read from memory once, so that all of the CTA goes by the same: the position, and the number of launches before.
     int position;
@@ -91,7 +97,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   static __device__ void init(Shared& shared) {
     CtaShare<S>::TileRing::init(shared.ring);
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
-    shared.warps_done = 0;
+    for (unsigned& done : shared.warps_done) done = 0;
     shared.expired = 0;
     LocalTeam::init(shared.local);
     CtaTypes<S>::Gather::template init<S::kVectorThreads>(shared.gather);
@@ -104,13 +110,13 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     this->cta_ = opaque(this->cta_), this->position_ = opaque(this->position_);
     thread_ = opaque(thread_), lane_ = opaque(lane_);
   }
-  __device__ unsigned* counter(Counter which) const { return u_.counters + which * kCounterStride; }
+  __device__ unsigned* counter(int which) const { return u_.counters + which * kCounterStride; }
 
   // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits;
   // `round` counts the layers of a launch. Parity is safe: a round's signals all depend on all signals of the round before
   // having been waited for. Not bounded: it waits for warps whose own waits are.
-  __device__ void signal(Signal which) { mbarrier_arrive_local(&s_.signals[which]); }
-  __device__ void await(Signal which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
+  __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
+  __device__ void await(int which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
 
   // The first error of a launch, for the host: the details, then the word that says they are there.
   __device__ void record_error(unsigned dependency, unsigned expected, unsigned seen) {
@@ -126,7 +132,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
 
   // All vector warps wait for a counter. Never hangs: when the wait expires, the error is recorded once and everything goes
   // on with what is there.
-  __device__ void wait(Counter which, unsigned target, Dependency dependency) {
+  __device__ void wait(int which, unsigned target, Dependency dependency) {
     if (thread_ == 0 && !expired() && !grid_wait(counter(which), target)) {
       record_error(dependency, target, load_acquire(counter(which)));
     }

@@ -43,7 +43,7 @@ class TileProducer : public CtaShare<S> {
     }
     if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
-    if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) rows<DownTiles>(w.down_weight, S::kHidden);
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) down_by_groups(w);
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
@@ -84,12 +84,33 @@ class TileProducer : public CtaShare<S> {
   }
 
   __device__ void up(const LayerTensors& w) {
-    if constexpr (S::kGated) {
-      pieces<HiddenTiles>(2 * this->up_from(), 2 * this->up_to(), [&](int row) {
-        return Piece{at_row<HiddenTiles>(row % 2 == 0 ? w.gate_weight : w.up_weight, row / 2), 1};
-      });
+    const auto up_rows = this->up_rows();
+#pragma unroll 1
+    for (int group = 0; group < Base::kHiddenGroups; group++) {
+      const int from = up_rows.first(group), to = from + up_rows.count(group);
+      if constexpr (S::kGated) {
+        pieces<HiddenTiles>(2 * from, 2 * to, [&](int row) {
+          return Piece{at_row<HiddenTiles>(row % 2 == 0 ? w.gate_weight : w.up_weight, row / 2), 1};
+        });
+      } else {
+        between<HiddenTiles>(w.up_weight, from, to);
+      }
+    }
+  }
+
+  // With sequential residual: of each row what is multiplied by the first group of h, then by the next one.
+  __device__ void down_by_groups(const LayerTensors& w) {
+    if constexpr (Base::kHiddenGroups == 1) {
+      rows<DownTiles>(w.down_weight, S::kHidden);
     } else {
-      between<HiddenTiles>(w.up_weight, this->up_from(), this->up_to());
+      constexpr int kBytes = Base::kGroupParts * DownTiles::kBytes;
+      static_assert(Base::kGroupParts == S::kStageTiles, "a stage for every row and group");
+      const int from = this->rows_from(S::kHidden), to = this->rows_to(S::kHidden);
+#pragma unroll 1
+      for (int group = 0; group < Base::kHiddenGroups; group++) {
+        const char* source = at_row<DownTiles>(w.down_weight, from) + group * kBytes;
+        for (int row = from; row < to; row++, source += DownTiles::kRowBytes) copy(source, kBytes);
+      }
     }
   }
 

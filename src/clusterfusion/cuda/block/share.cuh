@@ -66,7 +66,8 @@ struct LayerArguments {
 static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
-enum Counter { kAttentionDone, kHiddenDone, kMiddleDone, kLaunchDone, kCounters };
+constexpr int kMostGroups = 4;      // hidden groups, of CtaShare
+enum Counter { kAttentionDone, kMiddleDone, kLaunchDone, kHiddenDone, kCounters = kHiddenDone + kMostGroups };  // h: one a group
 // The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4, kErrorWords = 5;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.
@@ -193,6 +194,14 @@ class CtaShare {
   using DownTiles = RowTiles<S::kIntermediate, S::kTileBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kTileBytes>;
   using TileRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
+  // With sequential residual nothing comes between up and down that would hide the wait for h. So h comes in hidden groups, of
+  // kGroupColumns each, as many tiles of a row of down as a stage holds: up makes one after another, and down takes the first of
+  // them, of all of its rows, while the others are under way.
+  static constexpr int kStagesARow = DownTiles::kParts % S::kStageTiles == 0 ? DownTiles::kParts / S::kStageTiles : 1;
+  static constexpr bool kAlike = DownTiles::kPartColumns * DownTiles::kParts == S::kIntermediate;
+  static constexpr int kHiddenGroups = !S::kParallel && kAlike && kStagesARow <= kMostGroups ? kStagesARow : 1;
+  static constexpr int kGroupColumns = S::kIntermediate / kHiddenGroups;
+  static constexpr int kGroupParts = DownTiles::kParts / kHiddenGroups;
   // With kUpFirst, rows of the down projection that come before the cached tokens: while they stream, q, k and v arrive.
   static __host__ __device__ constexpr int rows_before_cached(int rows) { return rows * S::kFifthsBeforeCached / 5; }
   // The most rows that a CTA can have of a matrix; of the up projection, as many more as a row of each other one is worth.
@@ -205,8 +214,17 @@ class CtaShare {
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
-  __device__ int up_from() const { return up_row<S>(cta_); }
-  __device__ int up_to() const { return up_row<S>(cta_ + 1); }
+  // This CTA's rows of the up projection in a hidden group: over the groups as many as from its up_row to the next CTA's (over g,
+  // the sum of (n + g) / kHiddenGroups is n, Hermite's identity). They are streamed, and numbered within the CTA, group by group.
+  struct UpRows {
+    int from, to;  // the up_row of this CTA and of the next one
+    __device__ int first(int group) const { return group * kGroupColumns + (from + group) / kHiddenGroups; }
+    __device__ int count(int group) const { return (to + group) / kHiddenGroups - (from + group) / kHiddenGroups; }
+  };
+  __device__ UpRows up_rows() const {  // computed anew at each use: they would be kept for as long as a layer takes
+    const int cta = opaque(cta_);
+    return {up_row<S>(cta), up_row<S>(cta + 1)};
+  }
   __device__ bool attends() const { return cta_ < S::kBundles * S::kSplits; }
   __device__ int bundle() const { return cta_ / S::kSplits; }
   __device__ int kv_head() const { return bundle() / (S::kGroup / S::kQueries); }

@@ -14,6 +14,9 @@ class TileWarps : public CtaState<S> {
   using typename Base::HiddenTiles;
   using typename Base::OutTiles;
   using typename Base::W;
+  using Base::kGroupColumns;
+  using Base::kGroupParts;
+  using Base::kHiddenGroups;
   using Base::kUpBias;
   using Base::kVectorBytes;
   using Base::lane_;
@@ -107,24 +110,35 @@ class TileWarps : public CtaState<S> {
 
   template <bool kWhole, int kFaultCta, typename Ready>
   __device__ void up(Ready ready) {
-    const int first = this->up_from(), rows = this->up_to() - first;
-    const SplitVector x2 = split_vector<S>(s_.vectors, 1);
-    if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
-      gemv_rows<HiddenTiles>(2 * rows, x2, ready, [&](int row, float value) { s_.up_sums[row] = value; });
-      this->signal(kExpanded);
-    } else {
-      float kept = 0;
-      int kept_row = -1;  // the activation takes one lane as long as all lanes
-      gemv<W, HiddenTiles>(
-          ring_, rows, x2, lane_, ready, [&](int row, int, float value) { kept = value, kept_row = row; },
-          [&] {
-            if (kept_row < 0) return;
-            const float h = activate<S::kActivation>(kept + s_.biases[kUpBias + kept_row]);
-            static_cast<W*>(u_.h)[first + kept_row] = from_float<W>(h);
-            kept_row = -1;
-          });
-      this->signal(kExpanded);
-      if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(kHiddenDone);
+    const SplitVector x = split_vector<S>(s_.vectors, S::kParallel ? 1 : 0);
+    int done = 0;  // of the CTA's rows
+#pragma unroll 1
+    for (int group = 0; group < kHiddenGroups; group++) {
+      const auto up_rows = this->up_rows();
+      const int first = up_rows.first(group), rows = up_rows.count(group);
+      const auto ready_once = [&] {
+        if (group == 0) ready();
+      };
+      if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
+        float* sums = s_.up_sums + 2 * done;
+        gemv_rows<HiddenTiles>(2 * rows, x, ready_once, [&](int row, float value) { sums[row] = value; });
+        this->signal(kExpanded + group);
+      } else {
+        const float* biases = s_.biases + kUpBias + done;
+        float kept = 0;
+        int kept_row = -1;  // the activation takes one lane as long as all lanes
+        gemv<W, HiddenTiles>(
+            ring_, rows, x, lane_, ready_once, [&](int row, int, float value) { kept = value, kept_row = row; },
+            [&] {
+              if (kept_row < 0) return;
+              const float h = activate<S::kActivation>(kept + biases[kept_row]);
+              static_cast<W*>(u_.h)[first + kept_row] = from_float<W>(h);
+              kept_row = -1;
+            });
+        this->signal(kExpanded + group);
+        if (kWhole && (kFaultCta < 0 || this->cta_ != kFaultCta)) warp_done(group);
+      }
+      done += rows;
     }
     trace_.mark(TraceEvent::up_done);
   }
@@ -132,19 +146,25 @@ class TileWarps : public CtaState<S> {
   template <bool kCachedInside>
   __device__ void down(int layer) {
     const int rows = out_rows();
-    const PackedVector<W> h{reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes)};
+    const uint4* h_at = reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes);
     trace_.mark(TraceEvent::down_tiles_wait);
+    int group = 0;
     const auto brought = [&] {
-      this->await(kHidden, layer);
-      trace_.mark(TraceEvent::down_tiles_begin);
+      this->await(kHidden + group, layer);
+      if (group == 0) trace_.mark(TraceEvent::down_tiles_begin);
     };
     if constexpr (kCachedInside) {
+      const PackedVector<W> h{h_at};
       const int before = Base::rows_before_cached(rows);
       gemv_parts<DownTiles>(before, h, brought, s_.down_sums);
       cached(layer);
       gemv_parts<DownTiles>(rows - before, h, Nothing(), s_.down_sums + before * DownTiles::kParts);
-    } else {
-      gemv_parts<DownTiles>(rows, h, brought, s_.down_sums);
+    } else {  // of every row the parts that a group of h is for, then those of the next one
+#pragma unroll 1
+      for (; group < kHiddenGroups; group++) {
+        const PackedVector<W> h{h_at + group * (kGroupColumns / kVector)};
+        gemv_parts<DownTiles, kGroupParts>(rows, h, brought, s_.down_sums + group * kGroupParts);
+      }
     }
     trace_.mark(TraceEvent::down_tiles_done);
   }
@@ -167,16 +187,17 @@ class TileWarps : public CtaState<S> {
     trace_.mark(TraceEvent::cached_done);
   }
 
-  // The last tile warp of the CTA to come here arrives for the CTA. Its warps meet before any of them comes here again.
-  __device__ void warp_done(Counter arrival) {
+  // The last tile warp of the CTA to come here arrives for the CTA's part of a group of h. Its warps meet before any of them is
+  // here again with that group.
+  __device__ void warp_done(int group) {
     __syncwarp();
     if (lane_ == 0) {
       unsigned before;
       asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;"
                    : "=r"(before)
-                   : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&s_.warps_done)))
+                   : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&s_.warps_done[group])))
                    : "memory");
-      if ((before + 1) % S::kWarps == 0) grid_arrive(this->counter(arrival));
+      if ((before + 1) % S::kWarps == 0) grid_arrive(this->counter(kHiddenDone + group));
     }
   }
 
@@ -187,9 +208,10 @@ class TileWarps : public CtaState<S> {
     gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
   }
 
-  template <typename Tiles, typename V, typename Ready>
+  template <typename Tiles, int kParts = Tiles::kParts, typename V, typename Ready>
   __device__ void gemv_parts(int rows, const V& x, Ready ready, float* sums) {
-    gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; });
+    const auto out = [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; };
+    gemv<W, Tiles, kParts>(ring_, rows, x, lane_, ready, out);
   }
 
   RingConsumer<typename Base::TileRing, Tracer::kOn> ring_;

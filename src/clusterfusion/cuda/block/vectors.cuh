@@ -22,8 +22,11 @@ class VectorWarps : public Attention<S> {
   using typename Base::W;
   using Base::block_sync;
   using typename Base::OutTiles;
+  using typename Base::UpRows;
   using Base::kBiases;
   using Base::kDownBias;
+  using Base::kGroupColumns;
+  using Base::kHiddenGroups;
   using Base::kGateBias;
   using Base::kOutBias;
   using Base::kUpBias;
@@ -76,7 +79,7 @@ class VectorWarps : public Attention<S> {
           [&] { store_biases(biases); });
       this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
-      if constexpr (S::kGated && S::kParallel && !kWhole) finish_hidden<kWhole, kFaultCta>(layer);
+      if constexpr (S::kGated && S::kParallel && !kWhole) finish_hidden<kWhole, kFaultCta>(layer, 0, 0);
     }
     // With parallel residual h comes as soon as the tile warps want it.
     if constexpr (S::kUpFirst && runs<kSegment>(Segment::output)) bring_hidden<kWhole, kFaultCta>(targets, layer);
@@ -122,9 +125,13 @@ class VectorWarps : public Attention<S> {
       normalise<false>(
           [&](int n) { return n == 0 ? w.now().norm2_weight : w.now().norm2_bias; },
           [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
-          [&] { if constexpr (!kWhole) store_biases(biases); }, 1);
+          [&] { if constexpr (!kWhole) store_biases(biases); });
       this->signal(kMiddleNormed);
-      if constexpr (S::kGated && !kWhole) finish_hidden<kWhole, kFaultCta>(layer);
+      if constexpr (S::kGated && !kWhole) {
+        int done = 0;
+#pragma unroll 1
+        for (int group = 0; group < kHiddenGroups; group++) done += finish_hidden<kWhole, kFaultCta>(layer, group, done);
+      }
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
       bring_hidden<kWhole, kFaultCta>(targets, layer);
@@ -156,16 +163,28 @@ class VectorWarps : public Attention<S> {
  private:
   // This CTA's share of every bias vector, in the order of s_.biases.
   __device__ void load_biases(const LayerOf& w, float (&biases)[kBiasItems]) const {
+    const UpRows up_rows = this->up_rows();
 #pragma unroll
     for (int i = 0; i < kBiasItems; i++) {
       const int at = i * kThreads + thread_;
       biases[i] = at < kUpBias     ? qkv_bias(w.now(), rows_from(S::kQkvRows) + at, rows_to(S::kQkvRows))
-                  : at < kGateBias ? bias(w.now().up_bias, this->up_from() + at - kUpBias, this->up_to())
-                  : at < kOutBias  ? bias(w.now().gate_bias, this->up_from() + at - kGateBias, this->up_to())
+                  : at < kGateBias ? up_bias(w.now().up_bias, up_rows, at - kUpBias)
+                  : at < kOutBias  ? up_bias(w.now().gate_bias, up_rows, at - kGateBias)
                   : at < kDownBias ? bias(w.now().o_bias, rows_from(S::kHidden) + at - kOutBias, rows_to(S::kHidden))
                   : at < kBiases   ? bias(w.now().down_bias, rows_from(S::kHidden) + at - kDownBias, rows_to(S::kHidden))
                                    : 0.0f;
     }
+  }
+  // Of the CTA's row `at` of the up projection.
+  static __device__ float up_bias(const void* vector, const UpRows& up_rows, int at) {
+    if (vector == nullptr) return 0.0f;
+#pragma unroll
+    for (int group = 0; group < kHiddenGroups; group++) {
+      const int rows = up_rows.count(group);
+      if (at < rows) return load_or_zero<W>(vector, up_rows.first(group) + at);
+      at -= rows;
+    }
+    return 0.0f;
   }
   static __device__ float bias(const void* vector, int row, int end) {
     return row < end ? load_or_zero<W>(vector, row) : 0.0f;
@@ -186,11 +205,11 @@ class VectorWarps : public Attention<S> {
     }
   }
 
-  // What read(values) gives, normed into vector `to`; with kBoth by norm 1 into the first and by norm 2 into the second, from
-  // the same statistics. norm_of(n): weight and bias of norm 1, then of norm 2; asked for before read, which may wait. stage()
+  // What read(values) gives, normed into the first vector; with kBoth by norm 1 into it and by norm 2 into the second, from the
+  // same statistics. norm_of(n): weight and bias of norm 1, then of norm 2; asked for before read, which may wait. stage()
   // runs behind the sums' barriers, when nobody of the vector warps is still at work on what came before.
   template <bool kBoth, typename NormOf, typename Read, typename Stage>
-  __device__ void normalise(NormOf norm_of, Read read, Stage stage, int to = 0) {
+  __device__ void normalise(NormOf norm_of, Read read, Stage stage) {
     OwnSums block(s_.block);
     constexpr bool kCentred = S::kNorm == Norm::layer_norm;  // the other one has no bias
     constexpr int kNorms = kBoth ? 4 : 2;
@@ -218,51 +237,60 @@ class VectorWarps : public Attention<S> {
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
       if constexpr (!kEarly) load_norm(quad, 0);
-      split_vector<S>(s_.vectors, to).quad(quad) = normed(at, t, norm[i][0], norm[i][1]);
+      split_vector<S>(s_.vectors, 0).quad(quad) = normed(at, t, norm[i][0], norm[i][1]);
       if constexpr (kBoth) split_vector<S>(s_.vectors, 1).quad(quad) = normed(at, t, norm[i][2], norm[i][3]);
     });
     stage();
   }
 
-  // With a gate: this CTA's rows of h, of what the tile warps have summed.
+  // With a gate: this CTA's rows of a group of h, of what the tile warps have summed; `done` rows of the groups before. How many.
   template <bool kWhole, int kFaultCta>
-  __device__ void finish_hidden(int layer) {
-    this->await(kExpanded, layer);
-    const int first = this->up_from(), rows = this->up_to() - first;
+  __device__ int finish_hidden(int layer, int group, int done) {
+    this->await(kExpanded + group, layer);
+    const UpRows up_rows = this->up_rows();
+    const int first = up_rows.first(group), rows = up_rows.count(group);
     for (int row = thread_; row < rows; row += kThreads) {
-      const float gate = s_.up_sums[2 * row] + s_.biases[kGateBias + row];
-      const float up = s_.up_sums[2 * row + 1] + s_.biases[kUpBias + row];
+      const int at = done + row;
+      const float gate = s_.up_sums[2 * at] + s_.biases[kGateBias + at];
+      const float up = s_.up_sums[2 * at + 1] + s_.biases[kUpBias + at];
       static_cast<W*>(u_.h)[first + row] = from_float<W>(activate<S::kActivation>(gate) * up);
     }
     if constexpr (kWhole) {
       block_sync();
-      if (thread_ == 0 && (kFaultCta < 0 || this->cta_ != kFaultCta)) grid_arrive(this->counter(kHiddenDone));
+      if (thread_ == 0 && (kFaultCta < 0 || this->cta_ != kFaultCta)) grid_arrive(this->counter(kHiddenDone + group));
     }
+    return rows;
   }
 
   template <bool kWhole, int kFaultCta>
   __device__ void bring_hidden(const LayerTargets& targets, int layer) {
-    if constexpr (S::kGated && kWhole) finish_hidden<kWhole, kFaultCta>(layer);
-    trace_.mark(TraceEvent::down_wait);
-    if constexpr (kWhole) this->wait(kHiddenDone, targets.all_ctas, kOnHidden);
-    trace_.mark(TraceEvent::down_begin);
-    load_hidden<kWhole>(layer);
-    this->signal(kHidden);
-    trace_.mark(TraceEvent::down_ready);
+    int done = 0;
+#pragma unroll 1
+    for (int group = 0; group < kHiddenGroups; group++) {
+      const bool last = group == kHiddenGroups - 1;  // what a trace is about: the others come while up goes on
+      if constexpr (S::kGated && kWhole) done += finish_hidden<kWhole, kFaultCta>(layer, group, done);
+      if (last) trace_.mark(TraceEvent::down_wait);
+      if constexpr (kWhole) this->wait(kHiddenDone + group, targets.all_ctas, kOnHidden);
+      if (last) trace_.mark(TraceEvent::down_begin);
+      load_hidden<kWhole>(layer, group);
+      this->signal(kHidden + group);
+      if (last) trace_.mark(TraceEvent::down_ready);
+    }
   }
 
-  // h of all CTAs into shared memory, when the tile warps have done with what is there.
+  // A group of h of all CTAs into shared memory, when the tile warps have done with what is there.
   template <bool kWhole>
-  __device__ void load_hidden(int layer) {
-    constexpr int kVectors = S::kIntermediate / kVector, kTogether = 8;
-    uint4* to = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes);
+  __device__ void load_hidden(int layer, int group) {
+    constexpr int kVectors = kGroupColumns / kVector, kTogether = smaller(8, (kVectors + kThreads - 1) / kThreads);
+    const uint4* from = static_cast<const uint4*>(u_.h) + group * kVectors;
+    uint4* to = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes) + group * kVectors;
     for (int first = thread_; first < kVectors; first += kTogether * kThreads) {
       uint4 h[kTogether] = {};
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        if (first + i * kThreads < kVectors) h[i] = __ldcg(static_cast<const uint4*>(u_.h) + first + i * kThreads);
+        if (first + i * kThreads < kVectors) h[i] = __ldcg(from + first + i * kThreads);
       }
-      if constexpr (kWhole && !S::kGated) this->await(kExpanded, layer);  // with a gate, this role has finished them itself
+      if constexpr (kWhole && !S::kGated) this->await(kExpanded + group, layer);  // with a gate, this role has finished it
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         if (first + i * kThreads < kVectors) to[first + i * kThreads] = h[i];

@@ -44,7 +44,9 @@ struct RowTiles {
   static constexpr int kParts = (kRowBytes + kTileBytes - 1) / kTileBytes;                          // tiles a row
   static constexpr int kPartColumns = (kColumns / kVector + kParts - 1) / kParts * kVector;         // of all but the last
   static constexpr int kBytes = kParts > 1 ? kPartColumns * 2 : kRows * kRowBytes;                  // of a whole tile
-  static __host__ __device__ constexpr int tiles(int rows) { return kParts > 1 ? rows * kParts : (rows + kRows - 1) / kRows; }
+  static __host__ __device__ constexpr int tiles(int rows, int parts = kParts) {  // with so many of a row's parts
+    return kParts > 1 ? rows * parts : (rows + kRows - 1) / kRows;
+  }
 };
 
 // An fp32 vector in shared memory as two arrays of float4: elements 0-3 and 4-7 of each group of eight, so that a warp's
@@ -120,16 +122,18 @@ constexpr int kMostHeld = 0;
 constexpr int kMostHeld = 20;
 #endif
 
-// This CTA's `rows` rows, in tiles; calls out(row, part, value) on one lane for each row and part, rows from 0. Every warp calls
-// ready() once, and behind it reads x. flush() comes before a lane is called a second time, and at the end: until then out may keep
-// what it got in a register.
-template <typename W, typename Tiles, typename Consumer, typename X, typename Ready, typename Out, typename Flush = Nothing>
+// This CTA's `rows` rows, in tiles, or kPartsHere parts of each of them and of x as well; calls out(row, part, value) on one lane
+// for each row and part, both from 0. Every warp calls ready() once, and behind it reads x. flush() comes before a lane is called
+// a second time, and at the end: until then out may keep what it got in a register.
+template <typename W, typename Tiles, int kPartsHere = Tiles::kParts, typename Consumer, typename X, typename Ready, typename Out,
+          typename Flush = Nothing>
 __device__ __forceinline__ void gemv(
     Consumer& consumer, int rows, const X& x, int lane, Ready ready, Out out, Flush flush = Flush()) {
   using Eight = typename X::Eight;
   constexpr int kRowVectors = (Tiles::kParts > 1 ? Tiles::kPartColumns : Tiles::kColumns) / kVector;
   constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize, kUnrolled = kSteps <= 20 ? kSteps : 8;
   constexpr bool kEven = Tiles::kBytes * Tiles::kParts % Tiles::kRowBytes == 0;  // parts are alike
+  static_assert(kPartsHere == Tiles::kParts || kEven, "parts are alike, whichever they are");
   constexpr bool kWhole = kEven && kRowVectors % kWarpSize == 0;
   constexpr int kTogether = Tiles::kRows >= 4 ? 4 : Tiles::kRows >= 2 ? 2 : 1;  // rows that share each read of x
   constexpr int kGroup = kWarpSize / kTogether;                                 // lanes that have a row's sum
@@ -149,7 +153,7 @@ __device__ __forceinline__ void gemv(
     turn = 0;
     flush();
   };
-  const auto part_of = [](int tile) { return Tiles::kParts > 1 ? tile % Tiles::kParts : 0; };
+  const auto part_of = [](int tile) { return kPartsHere > 1 ? tile % kPartsHere : 0; };
   // Vectors of a row, or of a part of one.
   const auto vectors_of = [&](int tile) {
     return kEven ? kRowVectors : min(kRowVectors, Tiles::kColumns / kVector - part_of(tile) * kRowVectors);
@@ -187,12 +191,12 @@ __device__ __forceinline__ void gemv(
 #pragma unroll
     for (int r = 0; r < kTogether; r++) totals[r] = sums[r].total();
     const float total = warp_sums(totals, lane);
-    const int of_tile = base + lane / kGroup, row = tile / Tiles::kParts * Tiles::kRows + of_tile;
+    const int of_tile = base + lane / kGroup, row = tile / kPartsHere * Tiles::kRows + of_tile;
     if (lane % kGroup == turn && of_tile < Tiles::kRows && row < rows) out(row, part, total);
     next_turn();
   };
   consumer.template tiles<Tiles::kBytes, Held>(
-      Tiles::tiles(rows),
+      Tiles::tiles(rows, kPartsHere),
       [&](int tile, const char* data) {
         Held held = {};
         StageReads reads;
@@ -206,7 +210,7 @@ __device__ __forceinline__ void gemv(
           make_ready();
 #pragma unroll 1
           for (int base = 0; base < Tiles::kRows; base += kTogether) {
-            if (tile / Tiles::kParts * Tiles::kRows + base >= rows) break;
+            if (tile / kPartsHere * Tiles::kRows + base >= rows) break;
             multiply(tile, base, data, held, reads);
           }
         }
