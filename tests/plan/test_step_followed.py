@@ -90,6 +90,9 @@ CASES = {
         position=101,
         plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "stage_tiles": 1},
     ),
+    "several clusters with cached tokens": Case(
+        position=101, plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "stage_tiles": 1}
+    ),
     "cached tokens ahead of down": Case(position=101, plan={"fifths_before_cached": 0}),
     "cached tokens behind down": Case(position=101, plan={"fifths_before_cached": 5}),
     "nothing cached": Case(position=0),

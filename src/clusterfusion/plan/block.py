@@ -134,9 +134,14 @@ class BlockPlan:
         return self.splits // self.merged_ctas
 
     def used_partials(self, position: int) -> int:
-        """How many of a head's partials hold anything with `position` cached tokens: the first ones."""
+        """How many of a head's partials hold anything with `position` cached tokens: the first ones, of as many clusters as have a
+        tile for each of their warps."""
         tiles = -(-position // self.tile_tokens)
-        return max(1, min(self.partials_per_head, -(-tiles // self.merged_ctas)))
+        return max(1, min(self.partials_per_head, -(-tiles // (self.warps * self.merged_ctas))))
+
+    def active_splits(self, position: int) -> int:
+        """CTAs that share a bundle's `position` cached tokens."""
+        return self.used_partials(position) * self.merged_ctas
 
     @property
     def bundles(self) -> int:

@@ -186,7 +186,8 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
 def cached_tiles(plan: BlockPlan, cta: int, position: int) -> range:
     """The tiles of `plan.tile_tokens` cached tokens that a CTA takes of its bundle's, which has `position` tokens."""
     tiles = -(-position // plan.tile_tokens) if plan.attends(cta) else 0
-    return range(cta % plan.splits, max(tiles, cta % plan.splits), plan.splits)
+    first, active = cta % plan.splits, plan.active_splits(position)
+    return range(first, max(tiles, first) if first < active else first, active)
 
 
 def version(plan: BlockPlan, name: str, layer: int) -> tuple[str, int]:

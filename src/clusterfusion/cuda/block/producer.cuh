@@ -64,7 +64,7 @@ class TileProducer : public CtaShare<S> {
       const int count = min(S::kStageTiles, tiles - first);
       char* to = ring_.begin(count * 2 * Cached::kHalfBytes);
       for (int tile = first; tile < first + count; tile++, to += S::kTileBytes) {
-        const int token = (this->split() + tile * S::kSplits) * Cached::kTokens;
+        const int token = (this->split() + tile * this->active_splits()) * Cached::kTokens;
         ring_.copy_box(to, k_map_, 0, token, head);
         ring_.copy_box(to + Cached::kValuesAt, v_map_, 0, token, head);
       }

@@ -75,8 +75,8 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
 // projection's, which even out what that leaves uneven (up_row). kQueries query heads that share a K/V head make a bundle, all of
-// the group that shares it or a part of it: bundle b is attended by CTAs [b * kSplits, (b + 1) * kSplits), cached tiles dealt out
-// in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
+// the group that shares it or a part of it: bundle b is attended by CTAs [b * kSplits, (b + 1) * kSplits), or by the first of them,
+// cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
 //
 // The projection's rows come K/V head by K/V head: the queries of the group, its key, its value. With kFusedQkv they lie so in one
 // matrix; otherwise in three. With kGated, row i of the up projection is a pair: row 2 i of what is streamed is its gate's.
@@ -230,18 +230,24 @@ class CtaShare {
   __device__ int kv_head() const { return bundle() / (S::kGroup / S::kQueries); }
   __device__ int bundle_of_group() const { return bundle() % (S::kGroup / S::kQueries); }
   __device__ int split() const { return cta_ % S::kSplits; }
+  __device__ int all_tiles() const { return (position_ + Cached::kTokens - 1) / Cached::kTokens; }  // of a bundle's cached tokens
+  // CTAs that share a bundle's cached tokens, whole clusters: as many as have a tile for each of their warps, since everyone reads what
+  // every cluster has made of it.
+  __device__ int active_splits() const {
+    constexpr int kTiles = S::kWarps * S::kMerged;  // of a cluster
+    return max(1, min(S::kPartials, (all_tiles() + kTiles - 1) / kTiles)) * S::kMerged;
+  }
   __device__ int cached_tiles() const {  // of this CTA
-    const int all = (position_ + Cached::kTokens - 1) / Cached::kTokens;
-    return attends() ? (all - split() + S::kSplits - 1) / S::kSplits : 0;
+    const int active = active_splits();
+    return attends() && split() < active ? (all_tiles() - split() + active - 1) / active : 0;
   }
   // Partials of a head that hold anything: a cluster without a cached token has left none, but for the first, which has the new one.
-  __device__ int used_partials() const {
-    const int tiles = (position_ + Cached::kTokens - 1) / Cached::kTokens;
-    return max(1, min(S::kPartials, (tiles + S::kMerged - 1) / S::kMerged));
-  }
+  __device__ int used_partials() const { return active_splits() / S::kMerged; }
   // Whether this CTA's cluster has a partial to make: of cached tokens, or of the new one.
   __device__ bool works() const { return attends() && split() / S::kMerged < used_partials(); }
-  __device__ int tile_tokens(int tile) const { return min(Cached::kTokens, position_ - (split() + tile * S::kSplits) * Cached::kTokens); }
+  __device__ int tile_tokens(int tile) const {
+    return min(Cached::kTokens, position_ - (split() + tile * active_splits()) * Cached::kTokens);
+  }
 
   int cta_, position_;
 };
