@@ -50,6 +50,7 @@ PARALLEL = (
 SEQUENTIAL = (
     {"use_parallel_residual": False, "rotary_pct": 1.0},
     {"use_parallel_residual": False, "hidden_size": 192, "num_attention_heads": 2},
+    {"use_parallel_residual": False, "intermediate_size": 4096},  # h in two groups
 )
 
 # With K/V heads that query heads share, of idle lanes, in more bundles than one; biases; rows of o longer than a stage.
@@ -60,6 +61,7 @@ LLAMA = (
         **{"attention_bias": True, "mlp_bias": True},
     },
     {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 64},
+    {"intermediate_size": 8192},  # h in four groups
 )
 
 LAYER = """
@@ -181,7 +183,7 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
     "decoder layer, sequential": LAYER.format(options=SEQUENTIAL),
     "prefill": PREFILL,
     "prefill's kernels": PREFILL_KERNELS,
-    "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0]), family="gpt_neox"),
+    "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0], SEQUENTIAL[2]), family="gpt_neox"),
     "decode step, LLaMA": STEP.format(options=LLAMA, family="llama"),
 }
 

@@ -82,16 +82,21 @@ def check_step(plan: BlockPlan) -> None:
     c = plan.config
     for position in {0, 1, 2 * plan.tile_tokens + 1, c.max_position // 2 + 1, c.max_position - 1}:
         check_cached_tokens(plan, position)
-    last = c.max_position - 1
-    schedules = [[list(step.step_schedule(plan, cta, role, last)) for role in ROLES] for cta in range(plan.ctas)]
-    check_rows(plan, schedules, last)
+    for position in {0, c.max_position - 1}:  # the fewest clusters and the most that have a part in attention
+        _check_at(plan, position)
+
+
+def _check_at(plan: BlockPlan, position: int) -> None:
+    c = plan.config
+    schedules = [[list(step.step_schedule(plan, cta, role, position)) for role in ROLES] for cta in range(plan.ctas)]
+    check_rows(plan, schedules, position)
     check_layers_alike(plan, schedules)
     few = dataclasses.replace(plan, config=dataclasses.replace(c, num_layers=min(c.num_layers, LAYERS_RUN)))
     for cta, roles in enumerate(schedules):
         for role, actions in zip(ROLES, roles, strict=True):
-            first = [a for a in step.step_schedule(few, cta, role, last) if a.layer < few.config.num_layers]
+            first = [a for a in step.step_schedule(few, cta, role, position) if a.layer < few.config.num_layers]
             require(actions[: len(first)] == first, "fewer layers are the first ones", (cta, role))
-    prove(few, last)
+    prove(few, position)
 
 
 def prove(plan: BlockPlan, position: int) -> None:
