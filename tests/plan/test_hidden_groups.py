@@ -4,18 +4,16 @@ of one of them."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from plan.orders import TILE_A_STAGE, Edit
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.plan import H200, BlockPlan, check_step, plan_block, step
-from clusterfusion.plan.block_check import Role
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_check import buffers_needed, prove, run_step
-
-Edit = Callable[[int, list[Action]], list[Action]]
 
 
 @pytest.fixture
@@ -34,23 +32,9 @@ def plan() -> BlockPlan:
         }
     )
     plan = plan_block(config, dataclasses.replace(H200, multiprocessors=12))
-    plan = dataclasses.replace(plan, stage_tiles=1, warps=2, stages=6, window_stages=3)
+    plan = dataclasses.replace(plan, **TILE_A_STAGE)
     assert plan.hidden_groups == 3
     return plan
-
-
-@pytest.fixture
-def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
-    """Puts an edit between the schedule and whoever asks for it."""
-    original = step.step_schedule
-
-    def use(edit: Edit) -> None:
-        def schedule(plan: BlockPlan, cta: int, role: Role, position: int = 0) -> Iterator[Action]:
-            yield from edit(cta, list(original(plan, cta, role, position)))
-
-        monkeypatch.setattr(step, "step_schedule", schedule)
-
-    return use
 
 
 def test_h_comes_in_as_many_groups_as_stages_of_a_row_of_down() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan.orders import TILE_A_STAGE
 from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_llama, weights_of
 from torch import Tensor
@@ -237,12 +238,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-TILE_A_STAGE = {
-    "stage_tiles": 1,
-    "warps": 2,
-    "stages": 6,
-    "window_stages": 3,
-}  # a part of a row of down is a group of h
 CASES = {
     "two heads a K/V head": Case(),
     "a head a K/V head": Case({"num_key_value_heads": 4}),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.orders import ORDERS, in_order
+from plan.orders import ORDERS, Edit, in_order
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
@@ -27,7 +27,7 @@ from clusterfusion.plan import (
     plan_block,
     step,
 )
-from clusterfusion.plan.block import MATRICES, ROLES, Order, Role
+from clusterfusion.plan.block import MATRICES, ROLES, Order
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_check import _check_shared, _check_waits, buffers_needed, prove, run_step
 
@@ -113,8 +113,6 @@ def test_balance_of_cached_tokens() -> None:
 
 # -- the check sees faults ---------------------------------------------------------------------------------------------
 
-Edit = Callable[[int, list[Action]], list[Action]]
-
 
 def small_plan(
     order: Order = "up_first", hidden: int = 96, heads: int = 3, layers: int = 4, ctas: int = 12
@@ -131,20 +129,6 @@ def small_plan(
         }
     )
     return in_order(plan_block(config, dataclasses.replace(H200, multiprocessors=ctas)), order)
-
-
-@pytest.fixture
-def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[Edit], None]:
-    """Puts an edit between the schedule and whoever asks for it."""
-    original = step.step_schedule
-
-    def use(edit: Edit) -> None:
-        def schedule(plan: BlockPlan, cta: int, role: Role, position: int = 0) -> Iterator[Action]:
-            yield from edit(cta, list(original(plan, cta, role, position)))
-
-        monkeypatch.setattr(step, "step_schedule", schedule)
-
-    return use
 
 
 def kinds(plan: BlockPlan, kind: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plan.orders import ORDERS
+from plan.orders import ORDERS, TILE_A_STAGE
 from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_gpt_neox, weights_of
 from torch import Tensor
@@ -55,12 +55,6 @@ class Case:
 
 SEQUENTIAL = {"use_parallel_residual": False}
 WIDE = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 3, "hidden_act": "gelu_fast"}
-TILE_A_STAGE = {
-    "stage_tiles": 1,
-    "warps": 2,
-    "stages": 6,
-    "window_stages": 3,
-}  # a part of a row of down is a group of h
 CASES = {
     "parallel": Case(),
     "sequential": Case(SEQUENTIAL),

@@ -85,9 +85,19 @@ struct ReduceRounds {
   }
 };
 
-template <typename T, int kLength, int kClusterSize, Exchange kExchange>
+// A ClusterGather waits by its team, an AsyncGather by itself.
+template <typename Team, typename T, int kLength, int kClusterSize, Exchange kExchange>
+__device__ bool has_expired(const Team& team, const ClusterGather<T, kLength, kClusterSize, kExchange>&) {
+  return team.expired();
+}
+template <typename Team, typename T, int kLength, int kClusterSize>
+__device__ bool has_expired(const Team&, const AsyncGather<T, kLength, kClusterSize>& gather) {
+  return gather.expired();
+}
+
+template <typename T, int kLength, typename Gather_>
 struct GatherRounds {
-  using Gather = ClusterGather<T, kLength, kClusterSize, kExchange>;
+  using Gather = Gather_;
   typename Gather::Scratch& scratch;
   const T* in;
   T* out;
@@ -106,32 +116,7 @@ struct GatherRounds {
         out[block * Gather::kTotal + i] = gather.result()[i];
       }
     }
-    if (team.expired()) atomicAdd(expired, 1u);
-  }
-};
-
-template <typename T, int kLength, int kClusterSize>
-struct AsyncGatherRounds {
-  using Gather = AsyncGather<T, kLength, kClusterSize>;
-  typename Gather::Scratch& scratch;
-  const T* in;
-  T* out;
-  unsigned* expired;
-  int rounds;
-  unsigned skew_ns;
-
-  template <typename Team>
-  __device__ void operator()(Team& team) const {
-    Gather gather(scratch);
-    for (int round = 0; round < rounds; round++) {
-      const cuda::std::int64_t block = static_cast<cuda::std::int64_t>(round) * gridDim.x + blockIdx.x;
-      stagger(team.rank(), round, skew_ns);
-      gather.exchange(team, [&](int i) { return in[block * kLength + i]; });
-      for (int i = team.threads - 1 - team.thread(); i < Gather::kTotal; i += team.threads) {
-        out[block * Gather::kTotal + i] = gather.result()[i];
-      }
-    }
-    if (gather.expired()) atomicAdd(expired, 1u);
+    if (has_expired(team, gather)) atomicAdd(expired, 1u);
   }
 };
 
@@ -148,7 +133,7 @@ reduce_probe(const T* __restrict__ in, Accumulator<T>* __restrict__ out, unsigne
 template <typename T, int kLength, int kClusterSize, Exchange kExchange, TeamKind kTeam>
 __global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
 gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
-  using Rounds = GatherRounds<T, kLength, kClusterSize, kExchange>;
+  using Rounds = GatherRounds<T, kLength, ClusterGather<T, kLength, kClusterSize, kExchange>>;
   __shared__ typename Rounds::Gather::Scratch scratch;
   with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
 }
@@ -157,7 +142,7 @@ gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, i
 template <typename T, int kLength, int kClusterSize, TeamKind kTeam>
 __global__ void __launch_bounds__(kProbeThreads<kTeam>, 1)
 async_gather_probe(const T* __restrict__ in, T* __restrict__ out, unsigned* expired, int rounds, unsigned skew_ns) {
-  using Rounds = AsyncGatherRounds<T, kLength, kClusterSize>;
+  using Rounds = GatherRounds<T, kLength, AsyncGather<T, kLength, kClusterSize>>;
   __shared__ typename Rounds::Gather::Scratch scratch;
   if (threadIdx.x == 0) Rounds::Gather::template init<kTeamThreads>(scratch);
   with_team<kClusterSize, kTeam>(Rounds{scratch, in, out, expired, rounds, skew_ns});
