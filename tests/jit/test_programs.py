@@ -85,6 +85,7 @@ def test_collectives_compile_without_spills(architecture: str) -> None:
         for exchange in ("direct", "tree")
         for team, operator in (("whole", "sum"), ("partial", "max"), ("whole", None))
     ]
+    probes += [CollectivesProbe("float32", PROBE_LENGTH, size, "async", "partial") for size in CLUSTER_SIZES]
     resources = compile_program(probe_source(probes), architecture).resources
     assert len(resources) == len(probes)
     for probe in probes:
