@@ -254,7 +254,7 @@ def test_products_around_an_attend_that_a_cpu_does(
             of = head // group
             query = turned[of, head % group] / math.sqrt(c.head_dim) * math.log2(math.e)
             for part in range(plan.used_partials(tokens)):
-                tiles = [t // plan.tile_tokens % plan.splits // plan.merged_ctas for t in range(tokens)]
+                tiles = [t // plan.tile_tokens % plan.active_splits(tokens) // plan.merged_ctas for t in range(tokens)]
                 mine = [t for t, cluster in enumerate(tiles) if cluster == part]
                 keys, values = case.k_cache[of, mine].double(), case.v_cache[of, mine].double()
                 if part == 0:

@@ -134,8 +134,7 @@ class BlockPlan:
         return self.splits // self.merged_ctas
 
     def used_partials(self, position: int) -> int:
-        """How many of a head's partials hold anything with `position` cached tokens: the first ones, of as many clusters as have a
-        tile for each of their warps."""
+        """How many of a head's partials hold anything with `position` cached tokens: of as many clusters as have a tile a warp."""
         tiles = -(-position // self.tile_tokens)
         return max(1, min(self.partials_per_head, -(-tiles // (self.warps * self.merged_ctas))))
 
