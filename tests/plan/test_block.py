@@ -285,3 +285,9 @@ def test_a_vocabulary_beyond_32_bits_is_refused(multiprocessors: int, vocab_size
     with pytest.raises(UnsupportedModelError, match=f"vocab_size is {vocab_size}; "):
         plan_block(dataclasses.replace(config, vocab_size=vocab_size), limits)
     plan_block(dataclasses.replace(config, vocab_size=vocab_size - 16), limits)
+
+
+def test_how_much_is_in_flight() -> None:
+    """In stages: what was best where it was measured."""
+    shapes = {"pythia-410m": 5, "pythia-1.4b": 5, "pythia-2.8b": 5, "pythia-6.9b": 8, "llama-3.1-8b": 7}
+    assert {name: plan_block(named_shape(name), H200).window_stages for name in shapes} == shapes

@@ -41,19 +41,17 @@ class WholeTeam {
 // Threads kFirstThread to kFirstThread + kThreads - 1 of every CTA, whole warps: for kernels in which other warps, say
 // a producer that runs ahead, never stop. Barriers: named barrier kNamedBarrier, and one mbarrier a CTA (Scratch).
 //
-// The first kWriters members are the only ones that may write to peers; each arrives at every CTA's mbarrier and releases
-// its own writes, and, the named barrier coming first, those of the other members to their own shared memory. One arrival
-// for all would do in the memory model; racecheck does not follow it.
-// The mbarrier completes a phase when all writers have arrived. Its parity is safe: a CTA's writers arrive for phase n + 1
+// Each member arrives at every CTA's mbarrier and releases its own writes. One arrival for all would do in the memory model;
+// racecheck does not follow it.
+// The mbarrier completes a phase when all members have arrived. Its parity is safe: a CTA's members arrive for phase n + 1
 // only after all of its members left phase n, and phase n + 1 needs them, so no member can find phase n + 1 complete while
 // it still waits for n. The last wait of a CTA ends after the last arrival at its mbarrier, so a CTA may exit after any
 // cluster_sync.
-template <int kClusterSize, int kThreads, int kFirstThread, int kNamedBarrier, int kWriters = kThreads>
+template <int kClusterSize, int kThreads, int kFirstThread, int kNamedBarrier>
 class PartialTeam {
  public:
   static_assert(is_cluster_size(kClusterSize), "clusters of 1, 2, 4 or 8 CTAs");
   static_assert(kThreads % 32 == 0 && kFirstThread % 32 == 0, "a team is made of whole warps");
-  static_assert(kWriters > 0 && kWriters <= kThreads, "writers are members");
   static constexpr int cluster_size = kClusterSize;
   static constexpr int threads = kThreads;
 
@@ -63,7 +61,7 @@ class PartialTeam {
 
   // One thread of each CTA, before the kernel's first cluster barrier.
   static __device__ __forceinline__ void init(Scratch& scratch) {
-    mbarrier_init(&scratch.arrived, kClusterSize * kWriters);
+    mbarrier_init(&scratch.arrived, kClusterSize * kThreads);
     mbarrier_init_fence();
   }
 
@@ -78,13 +76,11 @@ class PartialTeam {
   __device__ __forceinline__ void cluster_sync() {
     block_sync();
     if constexpr (kClusterSize > 1) {
-      if (thread() < kWriters) {
-        // An arrival that releases to the cluster waits for a fence of the whole GPU: one for each peer, none for itself.
-        mbarrier_arrive_local(&scratch_.arrived);
+      // An arrival that releases to the cluster waits for a fence of the whole GPU: one for each peer, none for itself.
+      mbarrier_arrive_local(&scratch_.arrived);
 #pragma unroll
-        for (unsigned other = 1; other < kClusterSize; other++) {
-          mbarrier_arrive_cluster(map_shared(&scratch_.arrived, rank() ^ other));
-        }
+      for (unsigned other = 1; other < kClusterSize; other++) {
+        mbarrier_arrive_cluster(map_shared(&scratch_.arrived, rank() ^ other));
       }
       // Having given up once, do not spend the limit again at every later barrier.
       if (!expired_) expired_ = !mbarrier_wait_cluster(&scratch_.arrived, parity_);
