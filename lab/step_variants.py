@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
 
-A VARIANT is ctas=C,warps=W,vectors=V,tiles=T,stages=S,window=N,upfirst=0|1,fifths=F; what is left out is as the plan has it. T tiles make a
-stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
+A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
+tile is of B bytes, and of K cached tokens; T tiles make a stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
 the time of a layer goes.
 """
 
@@ -35,9 +35,10 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     c = plan.config
     ctas = knobs.get("ctas", plan.ctas)
     tiles = knobs.get("tiles", plan.stage_tiles)
-    stage = plan.tile_bytes * tiles
+    tile, tokens = knobs.get("tile", plan.tile_bytes), knobs.get("tokens", plan.tile_tokens)
+    stage = tile * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
-    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, plan.tile_bytes, warps, plan.tile_tokens)
+    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps, tokens)
     stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     teams = warps // tiles
@@ -48,7 +49,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
-        plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=plan.tile_bytes, stage_tiles=tiles,
+        plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=tile, tile_tokens=tokens, stage_tiles=tiles,
         window_stages=min(window, stages), fifths_before_cached=knobs.get("fifths", plan.fifths_before_cached), shared_bytes=fixed + stages * stage_room,
     )  # fmt: skip
     block.check_plan(made)
@@ -142,20 +143,22 @@ def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, conte
     clocks = trace[plan.ctas * (layers + 1) * len(EVENTS) :].view(plan.ctas, 4).cpu().double()
     ghz = ((clocks[:, 2] - clocks[:, 0]) / (clocks[:, 3] - clocks[:, 1])).median().item()
     print(f"  {ghz:.3f} GHz; step {(clocks[:, 2] - clocks[:, 0]).median().item() / ghz / 1e3:.1f} us")
-    middle = events[:, 4 : layers - 2].double() / ghz / 1e3
+    middle = events[:, 4 : layers - 2].double()
+    middle[middle == 0] = float("nan")  # a CTA that has no part in it
+    middle = middle / ghz / 1e3
     at = {name: middle[..., i] for i, name in enumerate(EVENTS)}
     orders = [[event for event in passed(role, plan.order) if event != "logits_done"] for role in ROLES]
     for before, after in itertools.chain.from_iterable(map(itertools.pairwise, orders)):
         took = at[after] - at[before]
         took = took[: plan.config.num_heads * plan.splits]
         print(
-            f"    {before:>16s} -> {after:16s} mean {took.mean():7.2f} us  median {took.median():7.2f}  "
-            f"min {took.min():7.2f}  max {took.max():7.2f}"
+            f"    {before:>16s} -> {after:16s} mean {took.nanmean():7.2f} us  median {took.nanmedian():7.2f}  "
+            f"min {took[~took.isnan()].min():7.2f}  max {took[~took.isnan()].max():7.2f}"
         )
-    total = (middle[:, 1:, 0] - middle[:, :-1, 0]).mean()
+    total = (middle[:, 1:, 0] - middle[:, :-1, 0]).nanmean()
     print(
-        f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].mean():.2f} us a layer, "
-        f"the producer for room {at['room_waited'].mean():.2f}"
+        f"    layer {total:.2f} us; warp 0 waited for data {at['data_waited'].nanmean():.2f} us a layer, "
+        f"the producer for room {at['room_waited'].nanmean():.2f}"
     )
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 import clusterfusion
 from clusterfusion.errors import ArgumentError
+from clusterfusion.named_shapes import named_shape
+from clusterfusion.plan import H200, plan_block
+from clusterfusion.seed_api import graph_context_bytes
 from clusterfusion.seed_api.graph_context import _Replayer
 
 ROOM = 24
@@ -220,6 +223,26 @@ def test_positions_may_be_tensors_and_vectors_may_be_rows(case: tuple[str, dict[
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     finally:
         call(model, "destroy_graph_context", plain)
+
+
+def test_an_id_may_be_any_int_and_messages_stay_short() -> None:
+    given = blank("pythia_2b8")
+    for number, seen in ((10**5000, "a very large int"), (10**200, "1000.*\\.\\.\\."), (-3, "-3")):
+        with pytest.raises(ArgumentError, match=f"ctx_id is {seen}; it must be that of a context"):
+            clusterfusion.pythia_2b8_destroy_graph_context(number)
+        call("pythia_2b8", "create_graph_context", given, ctx_id=number)
+        with pytest.raises(ArgumentError, match=f"ctx_id is {seen}, which a context has"):
+            call(
+                "pythia_2b8", "create_graph_context", given, ctx_id=number, k_cache=None
+            )  # before anything else is looked at
+        clusterfusion.pythia_2b8_destroy_graph_context(number)
+
+
+def test_what_a_context_takes_is_what_its_docstring_says() -> None:
+    for size, shape in (("136 KB on an H200", "2.8b"), ("216 KB at 6.9B", "6.9b")):
+        stated = round(graph_context_bytes(plan_block(named_shape(f"pythia-{shape}"), H200)) / 1000)
+        assert size.startswith(f"{stated} KB")
+        assert size in " ".join(str(clusterfusion.pythia_2b8_create_graph_context.__doc__).split())
 
 
 def test_caches_may_have_rows_apart() -> None:

@@ -139,7 +139,7 @@ def llama_layer(
     k_weight and v_weight [kv_heads * head_dim, hidden]. The other shapes are those of LayerWeights.
 
     Raises ArgumentError naming what is not a tensor, or stands in the way of cutting a matrix into heads."""
-    heads = as_int("heads", heads, 1, 2**31, "a positive int")
+    heads = as_int("heads", heads, 1, 2**31, "an int from 1 to 2147483648")
     kv_heads = as_int("kv_heads", kv_heads, 1, heads, f"a divisor of heads ({heads})")
     require("kv_heads", kv_heads, heads % kv_heads == 0, f"a divisor of heads ({heads})")
 
@@ -155,6 +155,13 @@ def llama_layer(
     matrices = {"q": (q_weight, heads), "k": (k_weight, kv_heads), "v": (v_weight, kv_heads)}
     for name, (tensor, _) in matrices.items():
         require_dense(f"{name}_weight", tensor)
+    others = {
+        "o_weight": o_weight, "gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight,
+        "input_norm_weight": input_norm_weight, "post_norm_weight": post_norm_weight,
+    }  # fmt: skip
+    biases = {"o_bias": o_bias, "gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    for name, tensor in (others | {name: bias for name, bias in biases.items() if bias is not None}).items():
+        require_dense(name, tensor)
     q, k, v = (cut(f"{name}_weight", tensor, count, 2) for name, (tensor, count) in matrices.items())
     assert q is not None and k is not None and v is not None
     return LayerWeights(

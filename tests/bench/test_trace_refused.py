@@ -41,12 +41,12 @@ OF_TILES = slice(event("project_wait"), event("data_waited"))
             "CTA 0 waited -1 ns for data in layer 0",
         ),
         (
-            lambda events, clocks: events[0, 2].put(event("data_waited"), 2000),
-            "waited 1000 ns for data in layer 2, where it streamed and waited for other CTAs for 975 ns",
+            lambda events, clocks: events[0, 2].put(event("data_waited"), 1200),
+            "waited 600 ns for data in layer 2, where it streamed for 560",
         ),
         (
-            lambda events, clocks: events[0, 3].put(event("data_waited"), 1000),
-            "waited 500 ns for data in layer 3, where it streamed and waited for other CTAs for 450 ns",
+            lambda events, clocks: events[0, 3].put(event("data_waited"), 700),
+            "waited 350 ns for data in layer 3, where it streamed for 300",
         ),
     ],
 )

@@ -20,19 +20,47 @@ def test_a_trial_leaves_nothing_behind_and_keeps_what_is_there(tmp_path: Path) -
     assert file.read_text() == "kept"
     with pytest.raises(ArgumentError, match="--markdown is '.*', which cannot be written"):
         check_writable(tmp_path / "no" / "table.md", "--markdown")
+    with pytest.raises(ArgumentError, match="cannot be written"):
+        check_writable(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_what_may_not_be_written_is_seen_before(tmp_path: Path) -> None:
+    folder, fixed = tmp_path / "folder", tmp_path / "fixed"
+    folder.mkdir()
+    for file in (folder / "result.json", fixed):
+        file.write_text("kept")
+    folder.chmod(0o555)
+    fixed.chmod(0o444)
+    for file in (folder / "result.json", fixed):
+        with pytest.raises(ArgumentError, match="cannot be written"):
+            check_writable(file)
+    folder.chmod(0o755)
+
+
+def test_links_that_lead_nowhere_yet(tmp_path: Path) -> None:
+    link, circle = tmp_path / "link", tmp_path / "circle"
+    link.symlink_to(tmp_path / "target")
+    circle.symlink_to(circle)
+    check_writable(link)
+    assert link.is_symlink() and not link.exists()
+    write_whole(link, "through")
+    assert link.is_symlink() and (tmp_path / "target").read_text() == "through"
+    with pytest.raises(ArgumentError, match="cannot be written"):
+        check_writable(circle)
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "result.json"
     write_whole(file, "old")
 
-    def interrupt(self: Path, text: str, encoding: str) -> None:
-        with self.open("w", encoding=encoding) as stream:
-            stream.write(text[:2])
+    def interrupt(self: Path, data: bytes) -> None:
+        with self.open("wb") as stream:
+            stream.write(data[:2])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", interrupt)
+        patch.setattr(Path, "write_bytes", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_whole(file, "new text")
     assert file.read_text() == "old"
@@ -48,7 +76,11 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     write_whole(link, "new")
     assert link.is_symlink() and target.read_text() == "new"
     os.mkfifo(pipe)
+    check_writable(pipe)
+    with pytest.raises(ArgumentError, match="a pipe that nobody reads"):
+        write_whole(pipe, "lost")
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_writable(pipe)
     write_whole(pipe, "through")
     assert os.read(reader, 100) == b"through"
     os.close(reader)

@@ -12,7 +12,7 @@ from tiny_models import random_token_ids, tiny_gpt_neox
 import clusterfusion
 from clusterfusion import reference
 from clusterfusion.engine.sampling import Sampler, SamplingOptions
-from clusterfusion.engine.step_decoder import AHEAD, StepDecoder
+from clusterfusion.engine.step_decoder import LAUNCHES, MOST_STEPS, StepDecoder
 from clusterfusion.errors import ArgumentError, ContextLengthError, DeviceError
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.random_weights import random_weights
@@ -64,7 +64,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         list(decoder.stream(1, 0, 5))
 
 
-@pytest.mark.parametrize("steps", [1, AHEAD, AHEAD + 1, 30])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 2 * MOST_STEPS - 1, 2 * MOST_STEPS, (LAUNCHES + 2) * MOST_STEPS - 2])
 def test_a_stream_may_end_anywhere(steps: int) -> None:
     weights = small()
     decoder = StepDecoder(weights, empty_cache(weights, 40))

@@ -127,6 +127,14 @@ def test_llama_layer_takes_the_tensors_of_transformers() -> None:
         clusterfusion.llama_layer(*[a.q_proj.weight] * 9, heads=4, kv_heads=3)
     with pytest.raises(ArgumentError, match="q_weight is of shape .* a multiple of 5"):
         clusterfusion.llama_layer(*[a.q_proj.weight] * 9, heads=5, kv_heads=1)
+    names = "q_weight k_weight v_weight o_weight gate_weight up_weight down_weight input_norm_weight post_norm_weight"
+    for at, name in enumerate(names.split()):
+        given: list[Any] = [a.q_proj.weight] * 9
+        given[at] = 3
+        with pytest.raises(ArgumentError, match=f"{name} is"):
+            clusterfusion.llama_layer(*given, heads=4, kv_heads=4)
+    with pytest.raises(ArgumentError, match="down_bias is"):
+        clusterfusion.llama_layer(*[a.q_proj.weight] * 9, heads=4, kv_heads=4, down_bias=[1.0])  # type: ignore[arg-type]
 
 
 def operator_arguments(case: Case) -> tuple[Any, ...]:

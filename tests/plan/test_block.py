@@ -13,7 +13,7 @@ from plan.orders import ORDERS, in_order
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
-from clusterfusion.plan import B200, H200, RTX_5090, BlockPlan, PlanLimits, check_plan, plan_block
+from clusterfusion.plan import B200, H200, RTX_5090, BlockPlan, PlanLimits, check_plan, plan_block, ring
 from clusterfusion.plan import block as planning
 from clusterfusion.plan.block import Order
 
@@ -38,15 +38,32 @@ def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
         return
     plan = plan_block(config, limits)
     check_plan(plan)
-    wide = config.hidden_size >= planning.WIDE_HIDDEN_SIZE
-    window = planning.WIDE_WINDOW_BYTES if wide else planning.WINDOW_BYTES
+    wide = config.hidden_size >= ring.WIDE_HIDDEN_SIZE
+    window = ring.WIDE_WINDOW_BYTES if wide else ring.WINDOW_BYTES
     assert plan.window_stages * plan.stage_bytes <= max(window, plan.stage_bytes)
-    assert plan.vector_warps + plan.warps < planning.MOST_WARPS
+    assert plan.vector_warps + plan.warps < ring.MOST_WARPS
     qkv_first = QKV_FIRST_ON_CONSUMER_CARDS if limits is RTX_5090 else QKV_FIRST
     assert plan.order == ("sequential" if name in SEQUENTIAL else "qkv_first" if name in qkv_first else "up_first")
     assert evens_out(plan) == (name not in UP_DEALT_AS_THE_REST)
     check_deal(plan)
     assert plan.scratch_bytes < 0.02 * config.num_layers * config.layer_parameters * planning.ELEMENT_BYTES
+
+
+# Vector and tile warps, stages, tiles a stage, bytes and cached tokens of a tile, stages in flight: what was measured.
+MEASURED = {
+    "pythia-1.4b": (6, 8, 24, 1, 8192, 16, 5),
+    "pythia-2.8b": (6, 9, 18, 1, 10240, 30, 5),
+    "pythia-6.9b": (8, 7, 21, 1, 8192, 16, 8),
+    "llama-3.2-1b": (5, 10, 20, 1, 8192, 32, 5),
+    "llama-3.1-8b": (8, 6, 18, 1, 8192, 16, 7),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_ring_is_the_one_that_was_measured(name: str) -> None:
+    p = plan_block(named_shape(name), H200)
+    chosen = (p.vector_warps, p.warps, p.stages, p.stage_tiles, p.tile_bytes, p.tile_tokens, p.window_stages)
+    assert chosen == MEASURED[name]
 
 
 # -- the deal of rows --------------------------------------------------------------------------------------------------
@@ -132,14 +149,15 @@ def plan() -> BlockPlan:
         ({"splits": 3}, "a cluster works on one bundle"),
         ({"queries": 2}, "a bundle's heads share a K/V head"),
         ({"stages": 17}, "a stage belongs to one team"),
-        ({"warps": 9}, "a team has a warp for each tile of a stage: 9"),
+        ({"stage_tiles": 2}, "a team has a warp for each tile of a stage: 9"),
         ({"stages": 16}, "a stage belongs to one team"),
         ({"window_stages": 0}, "the window is part of the ring"),
         ({"window_stages": 99}, "the window is part of the ring"),
         ({"fifths_before_cached": 6}, "cached tokens are among the rows of down: 6"),
         ({"tile_bytes": 5000}, "tile alignment"),
         ({"tile_bytes": 4096}, "a row of hidden_size fits a tile"),
-        ({"tile_bytes": 7680}, "tiles of a stage are alike"),
+        ({"tile_bytes": 7680, "stage_tiles": 3}, "tiles of a stage are alike"),
+        ({"tile_tokens": 33}, "cached tokens fit a tile: 33"),
     ],
 )
 def test_the_check_sees_a_plan_that_does_not_fit(plan: BlockPlan, change: dict[str, int], complaint: str) -> None:
@@ -285,6 +303,11 @@ def test_a_vocabulary_beyond_32_bits_is_refused(multiprocessors: int, vocab_size
     with pytest.raises(UnsupportedModelError, match=f"vocab_size is {vocab_size}; "):
         plan_block(dataclasses.replace(config, vocab_size=vocab_size), limits)
     plan_block(dataclasses.replace(config, vocab_size=vocab_size - 16), limits)
+
+
+def test_a_gpu_without_a_cluster_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="a cluster takes 2 multiprocessors .*; one has 1, the model 2560"):
+        plan_block(named_shape("pythia-2.8b"), PlanLimits("one", 1, 232448))
 
 
 def test_how_much_is_in_flight() -> None:

@@ -326,6 +326,24 @@ def test_the_check_sees_a_count_reached_by_the_next_layer(order: Order, edited: 
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_the_check_sees_a_step_that_goes_on_after_its_end(order: Order, edited: Callable[[Edit], None]) -> None:
+    """In a launch of several steps whoever knows the choice of the token takes all CTAs to have done with the step."""
+    complaint = "CTA .* arrives for the choice of the token at its end"
+    plan = small_plan(order)
+    last = Action("load", "x", plan.config.num_layers)
+    for edit in (
+        lambda cta, actions: move(actions, ("arrive", "token"), ("read", "lm_head")),
+        lambda cta, actions: [*actions, last] if cta == 5 and actions[-1].kind == "signal" else actions,
+    ):
+        edited(edit)
+        with pytest.raises(AssertionError, match=complaint):
+            prove(plan, 99)
+    edited(lambda cta, actions: [a for a in actions if cta != 5 or a.name != "token"])
+    with pytest.raises(AssertionError, match="every CTA arrives for the choice of the token"):
+        prove(plan, 99)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_one_buffer_of_everything_suffices(order: Order) -> None:
     """Everyone has read the residual stream before anyone's next wait of a layer is over."""
     needed = buffers_needed(run_step(small_plan(order), 99))

@@ -70,14 +70,15 @@ def layer_options(
         contexts=chosen,
         dtype=dtype,
         repeats=as_int("repeats", repeats, FEWEST_REPEATS, MOST_REPEATS),
-        peer_contexts=some_contexts(peer_contexts, chosen) if peers else (),
+        peer_contexts=some_contexts(peer_contexts, chosen, peers),
     )
 
 
-def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of `contexts` that text such as "16,512" names; all of them if None. Raises ArgumentError for another."""
+def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...], peers: bool) -> tuple[int, ...]:
+    """Those of `contexts` that text such as "16,512" names; all of them if None; none without `peers`. Raises ArgumentError for
+    another."""
     if peer_contexts is None:
-        return contexts
+        return contexts if peers else ()
     chosen = parse_contexts(peer_contexts, ANY_POSITION, name="peer_contexts")
     others = [context for context in chosen if context not in contexts]
     if others:
@@ -85,7 +86,7 @@ def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...]) -> tuple
             f"peer_contexts is {peer_contexts[:80]!r}, where {others[0]} is not a context that is measured; it must be "
             f"some of {', '.join(map(str, contexts))}"
         )
-    return chosen
+    return chosen if peers else ()
 
 
 def parse_contexts(

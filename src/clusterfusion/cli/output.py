@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -40,14 +41,18 @@ def check_writable(file: Path | None, option: str = "--json") -> None:
     if file is None:
         return
     try:
-        was_there = file.exists()
-        file.open("a", encoding="utf-8").close()
-        if not was_there:
-            file.unlink()
-    except OSError as error:
+        if _is_special(file):
+            return  # a pipe's reader would take a try for the end
+        file = file.resolve()
+        if file.exists():
+            file.open("r+b").close()
+        part = _part_of(file)
+        part.open("xb").close()
+        part.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        why = error.strerror if isinstance(error, OSError) else str(error)
         raise ArgumentError(
-            f"{option} is {str(file)!r}, which cannot be written ({error.strerror}); it must name a file in a folder "
-            "that exists"
+            f"{option} is {str(file)!r}, which cannot be written ({why}); it must name a file in a folder that exists"
         ) from error
 
 
@@ -92,24 +97,39 @@ def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[st
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write under another name and rename: whoever interrupts this leaves the file as it was, or the new one."""
-    file = file.resolve()
-    if file.exists() and not file.is_file():  # a device or a pipe, which must not be replaced
-        _write(file, content)
+    """Write under another name and rename: whoever interrupts this leaves the file as it was, or the new one. A device or a pipe,
+    which must not be replaced, is written to; ArgumentError for a pipe that nobody reads."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if _is_special(file):
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise ArgumentError(
+                f"{str(file)!r} is a pipe that nobody reads; what was measured is not written"
+            ) from error
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as special:
+            special.write(data)
         return
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    file = file.resolve()
+    part = _part_of(file)
     try:
-        _write(part, content)
+        part.write_bytes(data)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _write(file: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        file.write_text(content, encoding="utf-8")
-    else:
-        file.write_bytes(content)
+def _is_special(file: Path) -> bool:
+    """Whether it is there and neither a file nor a folder."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
+def _part_of(file: Path) -> Path:
+    """What becomes of `file` when it is written whole."""
+    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def so_far(done: Sequence[object], asked: Sequence[object]) -> str:

@@ -1,12 +1,13 @@
-"""Decode steps in one launch each: the mode model.
+"""Decode steps, several to a launch: the mode model.
 
-A launch takes its position, and the first one of a stream its token, by value; every later one finds the token that the one
+A launch takes its first position, and the first one of a stream its token, by value; every later step finds the token that the one
 before it chose in device memory. So the host launches ahead and reads the choices back behind.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Generator
 from typing import Any
 
@@ -39,7 +40,8 @@ from clusterfusion.ops.layer_launch import (
 from clusterfusion.plan import BlockPlan
 from clusterfusion.weights import DecoderWeights
 
-AHEAD = 4  # launches that wait on the GPU while the host turns a token into text
+MOST_STEPS = 8  # of a launch: between steps the stream of weights goes on, between launches it stops for some 10 us
+LAUNCHES = 2  # under way at once: the next one waits on the GPU while this one runs
 
 
 class StepDecoder:
@@ -71,12 +73,12 @@ class StepDecoder:
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
         self._candidates = torch.zeros(self.plan.ctas, CANDIDATE_WORDS, dtype=torch.int32, device=device)
         self._logits = torch.empty(config.vocab_size, dtype=torch.float32, device=device)
-        self._chosen = torch.zeros(AHEAD, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._chosen = torch.zeros(LAUNCHES, MOST_STEPS, dtype=torch.int32, device="cpu", pin_memory=True)
         self._choices = self._chosen.numpy()
         self._void = torch.zeros(1, dtype=torch.int32, device=device)  # takes choices that nobody reads
         self._turn = 0  # of steps and streams: who goes on must be the last who began
         self._interrupted = False
-        self._events = [torch.cuda.Event() for _ in range(AHEAD)]
+        self._events = [torch.cuda.Event() for _ in range(LAUNCHES)]
         self._arguments = self._make_arguments()
         self._launch_step = prepare_step(
             self.plan,
@@ -104,66 +106,70 @@ class StepDecoder:
     ) -> Generator[int, None, None]:
         """The tokens that follow `token`, which stands at `position`: `steps` of them, each chosen on the GPU.
 
-        Up to AHEAD launches run past the token that was asked for; what they leave in the cache, and at most there, is
-        void. All of them are on the stream that is current at the first, and none is under way any more when the generator
-        has ended or was closed. Raises DeviceError for a step that failed, and for logits that are not finite; ArgumentError
-        when the decoder has gone on by other means since the last token.
+        The first launch is of one step, each later one of twice as many as the last, up to MOST_STEPS; LAUNCHES are under way
+        at once. What they leave in the cache past the token that was asked for, and at most there, is void. All of them are
+        on the stream that is current at the first, and none is under way any more when the generator has ended or was closed.
+        Raises DeviceError for a step that failed, and for logits that are not finite; ArgumentError when the decoder has gone
+        on by other means since the last token.
         """
         self._turn += 1
         mine = self._turn
         on = torch.cuda.current_stream(self._weights.device)
-        flying: collections.deque[int] = collections.deque()
-        launched = 0
+        flying: collections.deque[tuple[int, int]] = collections.deque()  # slots, and how many steps
+        launched, count = 0, 1
+        slots = itertools.cycle(range(LAUNCHES))
         try:
             while True:
-                while launched < steps and len(flying) < AHEAD:
+                while launched < steps and len(flying) < LAUNCHES:
                     self.check_error()
-                    slot = launched % AHEAD
-                    choice = self._chosen.data_ptr() + slot * self._chosen.element_size()
+                    slot, count = next(slots), min(count, steps - launched)
+                    first = token if launched == 0 else NO_TOKEN
                     with torch.cuda.stream(on):
-                        self._launch(
-                            token if launched == 0 else NO_TOKEN, position + launched, choice, temperature, seed
-                        )
+                        choices = self._chosen[slot].data_ptr()
+                        self._launch(first, position + launched, choices, temperature, seed, steps=count)
                     self._events[slot].record(on)
-                    flying.append(slot)
-                    launched += 1
+                    flying.append((slot, count))
+                    launched, count = launched + count, min(2 * count, MOST_STEPS)
                 if not flying:
                     return
-                slot = flying.popleft()
+                slot, made = flying.popleft()
                 self._events[slot].synchronize()
                 self.check_error()
-                chosen = int(self._choices[slot])
-                if chosen == NO_TOKEN:
-                    raise DeviceError(
-                        "the model's logits are not finite: its activations overflow the dtype; load it with "
-                        "dtype='bfloat16' or 'float32'"
-                    )
-                yield chosen
-                if self._turn != mine:
-                    raise ArgumentError("the decoder has gone on by other means since this stream's last token")
+                for chosen in self._choices[slot, :made].tolist():
+                    if chosen == NO_TOKEN:
+                        raise DeviceError(
+                            "the model's logits are not finite: its activations overflow the dtype; load it with "
+                            "dtype='bfloat16' or 'float32'"
+                        )
+                    yield chosen
+                    if self._turn != mine:
+                        raise ArgumentError("the decoder has gone on by other means since this stream's last token")
         finally:
             # Whoever uses the cache next, on whatever stream, must not meet them; and the choices lie in host memory, which
             # is free for others when this decoder is dropped.
             if flying and self._turn == mine:
-                self._events[flying[-1]].synchronize()
+                self._events[flying[-1][0]].synchronize()
             elif flying:
                 on.synchronize()
 
-    def _launch(self, token: int, position: int, choice: int, temperature: float = 0.0, seed: int = 0) -> None:
-        """`choice`: address of the int that takes the chosen token, on the device or in page-locked memory."""
+    def _launch(
+        self, token: int, position: int, choices: int, temperature: float = 0.0, seed: int = 0, *, steps: int = 1
+    ) -> None:
+        """`choices`: address of the ints that take the chosen tokens, on the device or in page-locked memory."""
         if torch.cuda.is_current_stream_capturing():
             raise ArgumentError(
                 "a step of mode 'model' cannot be captured in a CUDA graph: every launch has a number of its own"
             )
         a = self._arguments
-        a.token, a.position, a.temperature, a.seed, a.chosen = token, position, temperature, seed, choice
+        a.token, a.position, a.temperature, a.seed, a.chosen = token, position, temperature, seed, choices
+        a.steps = steps
         self._interrupted = True  # should an exception come between the launch and the count of it
         try:
             self._launch_step()
         except DeviceError:
             self._interrupted = False  # refused: nothing was launched
             raise
-        a.launch = (a.launch + 1) & 0xFFFFFFFF
+        a.first_step = (a.first_step + steps) & 0xFFFFFFFF
         self._interrupted = False
 
     def _make_arguments(self) -> Any:

@@ -15,7 +15,7 @@ from clusterfusion.plan import BlockPlan
 
 PROGRAM = "programs/decode_step.cu"
 NO_TOKEN = -1  # in place of a token: the one that the last step chose; as a choice: the logits are not finite
-STATE_WORDS = 2  # 32-bit words of the kernel's StepState
+STATE_WORDS = 4  # 32-bit words of the kernel's StepState
 CANDIDATE_WORDS = 4  # 32-bit words of a Candidate, one a CTA
 NO_FAULT = -1
 _POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
@@ -37,10 +37,11 @@ def step_arguments_type(layers: int) -> Any:
         ("vocabulary", _INT32),
         ("position", _INT32),
         ("token", _INT32),
-        ("launch", ctypes.c_uint32),
+        ("first_step", ctypes.c_uint32),
+        ("steps", _INT32),
         ("layers", LayerTensors * layers),
     ]
-    size = sum(ctypes.sizeof(field) for _, field in fields)
+    size = ctypes.sizeof(type("Unpadded", (ctypes.Structure,), {"_fields_": fields}))
     fields.append(("_padding", ctypes.c_byte * (-size % 128)))  # to a multiple of a tensor map's alignment
     return type("StepArguments", (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
 
@@ -72,7 +73,7 @@ def prepare_step(
     trace: bool = False,
     fault_cta: int = NO_FAULT,
 ) -> Callable[[], None]:
-    """A cooperative launch of the whole step, to be made as often as wanted, on PyTorch's current stream; each may start
+    """A cooperative launch of as many whole steps as the arguments say, to be made as often as wanted, on PyTorch's current stream; each may start
     while the one before it ends. Raises DeviceError and CompileError as `decoder_block.prepare` does."""
     kernel = load_kernel(
         step_source(plan, weight_type, trace=trace, fault_cta=fault_cta),

@@ -24,7 +24,7 @@ from clusterfusion.jit.decoder_block import (
 )
 from clusterfusion.jit.device import architecture_of, device_limits
 from clusterfusion.plan import BlockPlan, PlanLimits, plan_block
-from clusterfusion.plan.block import Segment
+from clusterfusion.plan.block import Segment, require_dealt_out
 from clusterfusion.weights import LayerWeights
 
 ALIGNMENT = 16  # bytes; of whatever bulk copies read
@@ -35,7 +35,7 @@ ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
 }
 _DEPENDENCIES = (
     *("q, k and v", "attention", "the MLP's hidden vector", "the middle residual", "its cluster"),
-    "the residual vector",
+    *("the residual vector", "the choice of the token"),
 )
 _BAD_POSITION = len(_DEPENDENCIES) + 1
 _CLAIM = 4  # the word of an error record that whoever writes it has set first
@@ -48,7 +48,9 @@ def plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
     """The plan of a model's layers on a GPU. Raises UnsupportedModelError or DeviceError saying what rules it out."""
     # What no plan depends on is levelled: a cache that grows does not make a new plan.
     levelled = dataclasses.replace(config, max_position=1, norm_eps=1.0, vocab_size=1, num_layers=1)
-    return dataclasses.replace(_plan_for(levelled, device_index), config=config)
+    plan = _plan_for(levelled, device_index)
+    require_dealt_out(config, plan.limits.name, plan.ctas)
+    return dataclasses.replace(plan, config=config)
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,8 +20,8 @@ from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress, of_group
 from clusterfusion.plan.limits import PlanLimits
+from clusterfusion.plan.ring import choose_ring, enough_bytes
 from clusterfusion.plan.sizes import (
-    BARRIER_BYTES,
     CLUSTER_SIZE,
     ELEMENT_BYTES,
     MAX_TILE_TOKENS,
@@ -30,12 +30,9 @@ from clusterfusion.plan.sizes import (
     VECTOR,
     bundle_sizes,
     cache_tile_bytes,
-    cache_tile_tokens,
     even_parts,
-    fixed_shared_bytes,
     qkv_rows,
     round_up,
-    tokens_a_pass,
 )
 
 MAX_HEAD_DIM = 256
@@ -43,30 +40,6 @@ MAX_HEAD_DIM = 256
 # more splits to employ all CTAs; only as many partials are read as cached tokens have filled.
 MOST_SPLITS = 32
 MOST_SHARED_SPLITS = 128
-# Tile warps to choose from, the most that leave the ring as deep as it can be, or nearly; fewer where shared memory is scarce.
-WARPS = (6, 7, 8, 9, 10, 11)
-SCARCE_WARPS = (2, 3, 4, 5)
-DEEP_ENOUGH = 0.95
-# Vector warps hold a vector of hidden_size in registers between them: three quads a thread and the norms' weights for them.
-FEWEST_VECTOR_WARPS, MOST_VECTOR_WARPS = 6, 8
-SCARCE_VECTOR_WARPS = 4
-QUADS_A_THREAD = 3
-# Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
-MOST_WARPS = 16
-# From here on a layer's weights last long enough for more bytes in flight.
-WIDE_HIDDEN_SIZE = 3072
-SCARCE_SHARED_BYTES = 128 * 1024
-# Measured on an H200 with the whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best.
-# Messages between CTAs queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs. Copies
-# of 5 KB and less are slow.
-TARGET_STAGE_BYTES = 8192
-MOST_STAGE_TILES = 4
-NARROW_HIDDEN_SIZE = 2048
-NARROW_WINDOW_BYTES = 40960
-WINDOW_BYTES = 51200
-WIDE_WINDOW_BYTES = 65536
-WIDE_SEQUENTIAL_WINDOW_BYTES = 57344
-MAX_STAGES = 64
 # With so much of the up projection a CTA, q, k and v behind it hide the wait for h; with less, attention is what takes long,
 # and starts as early as it can.
 UP_FIRST_BYTES = 200 * 1024
@@ -268,8 +241,13 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
         raise UnsupportedModelError(obstacle)
     # Every CTA has a row of the residual vector, for which all others wait in every layer: nobody falls behind by two.
     ctas = min(limits.multiprocessors, config.hidden_size) // CLUSTER_SIZE * CLUSTER_SIZE
+    if ctas == 0:
+        raise UnsupportedModelError(
+            f"a cluster takes {CLUSTER_SIZE} multiprocessors and as many rows of hidden_size; {limits.name} has "
+            f"{limits.multiprocessors}, the model {config.hidden_size}"
+        )
     plans = [_plan(config, limits, ctas, queries) for queries in bundle_sizes(config)]
-    enough = 2 * TARGET_STAGE_BYTES if limits.shared_bytes_per_block < SCARCE_SHARED_BYTES else _window_bytes(config)
+    enough = enough_bytes(config, limits)
     plans = [plan for plan in plans if plan.bundles <= ctas] or plans[:1]
     deep = [plan for plan in plans if plan.stages * plan.stage_bytes >= enough]
     plan = deep[0] if deep else max(plans, key=lambda plan: plan.stages)
@@ -281,10 +259,15 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
             f"hidden_size {config.hidden_size} needs {plan.shared_bytes} bytes of shared memory a block; {limits.name} has "
             f"{limits.shared_bytes_per_block}"
         )
-    if not _deals_out(config, ctas):
-        raise UnsupportedModelError(f"vocab_size is {config.vocab_size}; {limits.name} deals out fewer rows in 32 bits")
+    require_dealt_out(config, limits.name, ctas)
     check_plan(plan)
     return plan
+
+
+def require_dealt_out(config: DecoderConfig, name: str, ctas: int) -> None:
+    """Raise UnsupportedModelError if a GPU of that name does not deal out the vocabulary's rows to so many CTAs."""
+    if not _deals_out(config, ctas):
+        raise UnsupportedModelError(f"vocab_size is {config.vocab_size}; {name} deals out fewer rows in 32 bits")
 
 
 def _deals_out(config: DecoderConfig, ctas: int) -> bool:
@@ -293,49 +276,14 @@ def _deals_out(config: DecoderConfig, ctas: int) -> bool:
     return config.vocab_size * ctas < 2**32 and (config.vocab_size // ctas + 1) * row_bytes < 2**31
 
 
-def _window_bytes(config: DecoderConfig) -> int:
-    if config.hidden_size >= WIDE_HIDDEN_SIZE:
-        return WIDE_WINDOW_BYTES if config.parallel_residual else WIDE_SEQUENTIAL_WINDOW_BYTES
-    return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
-
-
 def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> BlockPlan:
     """The plan with such bundles; without a stage, and what it would take at least, where shared memory does not suffice."""
     bundles = config.num_heads // queries
     splits = max(1, min(ctas // bundles, MOST_SPLITS if queries == 1 else MOST_SHARED_SPLITS))
     if splits > 1:
         splits = splits // CLUSTER_SIZE * CLUSTER_SIZE
-    row_bytes = config.hidden_size * ELEMENT_BYTES
-    # A row a tile, so that a phase spreads evenly over the warps; as many tiles a copy as make it large. Cached tokens fit too.
-    pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))
-    tile_bytes = round_up(max(row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
-    tile_tokens = cache_tile_tokens(config, tile_bytes)
-    stage_tiles = 1
-    while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
-        stage_tiles *= 2
-    if not even_parts(config, tile_bytes):
-        stage_tiles = 1
-    stage_bytes = tile_bytes * stage_tiles
-    stage_room = stage_bytes + BARRIER_BYTES
-    vector_warps = -(-config.hidden_size // (4 * 32 * QUADS_A_THREAD))
-    scarce = limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
-    vector_warps = SCARCE_VECTOR_WARPS if scarce else min(max(vector_warps, FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
-    up_bytes = config.intermediate_size * row_bytes // ctas
-
-    def fixed(warps: int) -> int:
-        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps, tile_tokens)
-
-    def stages_with(warps: int) -> int:
-        room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
-        teams = warps // stage_tiles
-        return min(max(room, 0), MAX_STAGES) // teams * teams
-
-    allowed = [w for w in WARPS if w + vector_warps < MOST_WARPS and w % stage_tiles == 0]
-    if not any(stages_with(w) > 0 for w in allowed):
-        allowed = [w for w in SCARCE_WARPS if w % stage_tiles == 0]
-    deepest = max(map(stages_with, allowed))
-    warps = max(w for w in allowed if stages_with(w) >= DEEP_ENOUGH * deepest)
-    stages = stages_with(warps)
+    ring = choose_ring(config, limits, ctas, queries)
+    up_bytes = config.intermediate_size * config.hidden_size * ELEMENT_BYTES // ctas
     return BlockPlan(
         config=config,
         limits=limits,
@@ -344,15 +292,8 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) ->
         queries=queries,
         splits=splits,
         up_first=config.parallel_residual and up_bytes >= UP_FIRST_BYTES,
-        vector_warps=vector_warps,
-        warps=warps,
-        stages=stages,
-        tile_bytes=tile_bytes,
-        stage_tiles=stage_tiles,
-        window_stages=max(1, min(stages, _window_bytes(config) // stage_bytes)),
         fifths_before_cached=FIFTHS_BEFORE_CACHED,
-        tile_tokens=tile_tokens,
-        shared_bytes=(fixed(warps) + stages * stage_room if stages > 0 else fixed(2) + 2 * stage_room),
+        **ring._asdict(),
     )
 
 

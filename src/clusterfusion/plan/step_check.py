@@ -13,6 +13,11 @@ has not happened, though the latter comes first by waits that were all kept.
 One run proves progress in every order too: counters only grow, rows are overwritten only after their readers, and signals
 are not given again before they are awaited, so what is waited for, once there, stays there.
 
+A launch may take several steps. Between two of them stands the choice of the token, which the vector warps wait for: it is made
+when all CTAs have arrived, and each arrival comes after all that its CTA has done in the step, which is checked. So nothing
+of a step meets anything of the next one but what the producer copies: weights, which never change, and cached tokens, before
+the first of which it waits for attention of the step before.
+
 What is taken for granted: the threads of a role are one (all of them signal and await), and who has read a pair comes after all
 that its writer did before: of what the writer has read, because what it publishes is computed from that.
 """
@@ -75,6 +80,7 @@ class Run:
     uses: dict[Key, list[Event]]
     shared: dict[tuple[int, str], list[Access]]  # by CTA and place
     rounds: dict[tuple[int, str], Rounds]  # by CTA and signal
+    lengths: list[int]  # of actors, how many actions
 
 
 def check_step(plan: BlockPlan) -> None:
@@ -106,6 +112,7 @@ def prove(plan: BlockPlan, position: int) -> None:
     _check_shared(run)
     _check_waits(run)
     _check_signals(run)
+    _check_end(run)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -185,6 +192,7 @@ def run_step(plan: BlockPlan, position: int) -> Run:
         collections.defaultdict(list),
         collections.defaultdict(list),
         collections.defaultdict(lambda: Rounds([], [])),
+        [len(actor.actions) for actor in actors],
     )
     moved = True
     while moved:
@@ -375,6 +383,19 @@ def _check_signals(run: Run) -> None:
             if layer + 1 < len(signals):
                 fault = unordered([over], [signals[layer + 1][1]])
                 require(fault is None, f"{where}: round {layer} is awaited before {layer + 1} is signalled", fault)
+
+
+def _check_end(run: Run) -> None:
+    """Who arrives for the choice of the token has done with the step, and so has its CTA's other role."""
+    ends = [event for (name, *_), events in run.arrivals.items() if name == "token" for event in events]
+    require(len(ends) * len(ROLES) == len(run.lengths), "every CTA arrives for the choice of the token", len(ends))
+    for event in ends:
+        first = event.actor // len(ROLES) * len(ROLES)
+        done = [event.at + 1 if a == event.actor else event.clock[a] for a in range(first, first + len(ROLES))]
+        wanted = run.lengths[first : first + len(ROLES)]
+        require(
+            done == wanted, f"CTA {first // len(ROLES)} arrives for the choice of the token at its end", (done, wanted)
+        )
 
 
 def _check_shared(run: Run) -> None:

@@ -116,8 +116,8 @@ def pythia_2b8_create_graph_context(
     """Makes what `pythia_2b8_graph_decode_step` runs over, under the int ctx_id: the launch's arguments with their
     tensor maps, static buffers and scratch. Tensors as for `pythia_2b8_decoder_layer`; max_seq_len is 1 to max_len.
 
-    Until `pythia_2b8_destroy_graph_context` it keeps its tensors alive, and takes `graph_context_bytes` of device
-    memory: 105 KB on an H200, 167 KB at 6.9B. The two models' ids do not meet; any thread may use any id. Raises
+    Until `pythia_2b8_destroy_graph_context` it keeps its tensors alive, and takes `clusterfusion.seed_api.graph_context_bytes` of device
+    memory: 136 KB on an H200, 216 KB at 6.9B. The two models' ids do not meet; any thread may use any id. Raises
     ArgumentError for an id in use, and otherwise as `pythia_2b8_decoder_layer` does."""
     graph_context.create(
         PYTHIA_2B8, ctx_id, k_cache, v_cache, weight_qkv, weight_o, mlp_up_weight, mlp_down_weight, max_seq_len
@@ -136,7 +136,8 @@ def pythia_2b8_graph_decode_step(
     later steps replay at any position; a context keeps the last four such graphs. Results are fresh tensors. The steps
     of a context share buffers: one on another stream has to wait for those before it. While the current stream is being
     captured a step goes into that graph, with buffers of the graph's own. Once a step has failed on the GPU, every
-    later one raises DeviceError: destroy the context."""
+    later one raises DeviceError: destroy the context. What fails in a graph of the caller's own is raised by the next call of any
+    of this module's functions on that device."""
     return graph_context.step(
         PYTHIA_2B8, ctx_id, input, ln_weight, ln_bias, bias_qkv, bias_o, cos, sin, k_cache, v_cache, post_ln_weight,
         post_ln_bias, mlp_up_bias, mlp_down_bias, current_seq_len,

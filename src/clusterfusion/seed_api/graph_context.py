@@ -116,6 +116,9 @@ def create(
     mlp_up_weight: Tensor, mlp_down_weight: Tensor, max_seq_len: int,
 ) -> None:  # fmt: skip
     ctx_id = _checked_id(ctx_id)
+    with _CONTEXTS_LOCK:
+        if (shape.name, ctx_id) in _CONTEXTS:
+            raise _taken(shape, ctx_id)
     device = device_of("k_cache", k_cache)
     check_caches(shape, device, k_cache, v_cache)
     # Aliases: whatever the caller makes of his tensor objects, this memory stays.
@@ -141,8 +144,7 @@ def create(
             replayer = _Replayer(shape, weights, k[:, :max_seq_len], v[:, :max_seq_len])
     with _CONTEXTS_LOCK:
         if (shape.name, ctx_id) in _CONTEXTS:
-            way_out = f"{shape.name}_destroy_graph_context({ctx_id}) must come first"
-            raise ArgumentError(f"ctx_id is {ctx_id}, which a context has; it must be another, or {way_out}")
+            raise _taken(shape, ctx_id)
         _CONTEXTS[shape.name, ctx_id] = _Context(k_cache, v_cache, (k, v), (qkv, o, up, down), max_seq_len, replayer)
 
 
@@ -214,9 +216,16 @@ def _context(shape: Shape, ctx_id: int) -> _Context:
     return context
 
 
+def _taken(shape: Shape, ctx_id: int) -> ArgumentError:
+    way_out = f"{shape.name}_destroy_graph_context of it must come first"
+    return ArgumentError(f"ctx_id is {shown(ctx_id)}, which a context has; it must be another, or {way_out}")
+
+
 def _unknown(shape: Shape, ctx_id: int) -> ArgumentError:
     makes = f"{shape.name}_create_graph_context"
-    return ArgumentError(f"ctx_id is {ctx_id}; it must be that of a context that {makes} made and nobody destroyed")
+    return ArgumentError(
+        f"ctx_id is {shown(ctx_id)}; it must be that of a context that {makes} made and nobody destroyed"
+    )
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -68,14 +68,14 @@ def decode_options(
             f"contexts is {max(chosen)}, which makes {max(chosen) + new_tokens} tokens with the {new_tokens} new ones; the "
             f"model has {limit} positions, so it must be from 1 to {most}"
         )
-    with_peers = some_contexts(peer_contexts, chosen)
+    with_peers = some_contexts(peer_contexts, chosen, peers)
     return DecodeOptions(
         contexts=chosen,
         new_tokens=new_tokens,
         runs=as_int("runs", runs, FEWEST_RUNS, MOST_RUNS),
         modes=mode_names(DEFAULT_MODES if modes is None else modes),
         modes_named=modes is not None,
-        peer_contexts=with_peers if peers else (),
+        peer_contexts=with_peers,
     )
 
 

@@ -162,19 +162,15 @@ def _check_order(passed: NDArray[np.int64], clock_at_start: NDArray[np.int64], r
 
 
 def _check_data_waited(timeline: Timeline) -> None:
-    """A wait for data is part of streaming, or of the wait for what a matrix is multiplied by: a warp takes its first tile before
-    it asks for that. Half a nanosecond is rounding."""
+    """A wait for data is part of streaming; half a nanosecond is rounding."""
     streams = [phase for phase in timeline.phases if phase.kind == "stream"]
-    before = [
-        phase for phase in timeline.phases if phase.role == "tiles" and phase.kind == "wait" and phase.name != "q/k/v"
-    ]
-    most = np.nansum([timeline.took(phase) for phase in (*streams, *before)], axis=0)
+    most = np.nansum([timeline.took(phase) for phase in streams], axis=0)
     bad = (timeline.data_waited < 0) | (timeline.data_waited > most + 0.5)
     if bad.any():
         cta, layer = np.argwhere(bad)[0]
         raise _impossible(
-            f"CTA {cta} waited {timeline.data_waited[cta, layer]:.0f} ns for data in layer {layer}, where it streamed and "
-            f"waited for other CTAs for {most[cta, layer]:.0f} ns"
+            f"CTA {cta} waited {timeline.data_waited[cta, layer]:.0f} ns for data in layer {layer}, where it streamed for "
+            f"{most[cta, layer]:.0f} ns"
         )
 
 

@@ -49,7 +49,7 @@ class Attention : public CtaState<S> {
       }
       count++;
     }
-    this->await(kPartialsReady, layer);
+    this->await_round(kPartialsReady, this->attended_++);
     SoftmaxScale scale{-kInfinity, 0.0f};
     // Each thread merges one dimension of a head; the scale is the same on all of that head.
     gather_.exchange(this->local_, [&](int at) {  // begins with a barrier: the new token's partial is there

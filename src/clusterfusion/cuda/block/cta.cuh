@@ -23,14 +23,14 @@ __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; 
 // so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that with parallel
 // residual h may take x2's place and, with a gate, that its sums are there; the sums of the output projection, with parallel
 // residual those of the down projection too, otherwise these for themselves. kExpanded and kHidden are one a hidden group:
-// kExpanded + group.
+// kExpanded + group. Once a step: that the CTA's logits are in the choice of the token, kChosen, and kNormed again, for the final norm.
 enum Signal {
-  kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kDownSums, kQueriesReady, kPartialsReady,
+  kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kDownSums, kQueriesReady, kPartialsReady, kChosen,
   kExpanded, kHidden = kExpanded + kMostGroups, kSignals = kHidden + kMostGroups
 };
 __host__ __device__ constexpr bool from_tiles(int signal) {
   return signal == kProjected || signal == kOutputSums || (signal >= kExpanded && signal < kExpanded + kMostGroups) ||
-         signal == kDownSums || signal == kPartialsReady;
+         signal == kDownSums || signal == kPartialsReady || signal == kChosen;
 }
 
 // What a CTA keeps in shared memory, and the collectives' types that follow from the shape.
@@ -79,6 +79,7 @@ struct CtaTypes {
     // Read from memory once, so that all of the CTA goes by the same: the position, and the number of launches before.
     int position;
     unsigned launches;
+    int token;  // that the step before chose
   };
 };
 
@@ -105,6 +106,10 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   }
 
   __device__ Shared& shared() { return s_; }
+  // At the start of a step of a launch of several, `step` of them and their `layers` layers each before it.
+  __device__ void begin_step(int position, unsigned step, unsigned layers) {
+    this->position_ = position, step_ = step, rounds_ = step * layers;
+  }
   // At the start of every layer.
   __device__ void begin_layer() {
     this->cta_ = opaque(this->cta_), this->position_ = opaque(this->position_);
@@ -112,11 +117,12 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   }
   __device__ unsigned* counter(int which) const { return u_.counters + which * kCounterStride; }
 
-  // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits;
-  // `round` counts the layers of a launch. Parity is safe: a round's signals all depend on all signals of the round before
+  // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits, for the
+  // round of `layer` of the step. Parity is safe: a round's signals all depend on all signals of the round before
   // having been waited for. Not bounded: it waits for warps whose own waits are.
   __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
-  __device__ void await(int which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
+  __device__ void await(int which, unsigned layer) { await_round(which, rounds_ + layer + (which == kNormed ? step_ : 0)); }
+  __device__ void await_round(int which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
 
   // The first error of a launch, for the host: the details, then the word that says they are there.
   __device__ void record_error(unsigned dependency, unsigned expected, unsigned seen) {
@@ -170,6 +176,8 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   const Workspace& u_;
   Shared& s_;
   int thread_, warp_, lane_;  // thread and warp in the role
+  unsigned step_ = 0, rounds_ = 0;  // of the launch: steps and layers before this step
+  unsigned attended_ = 0;           // layers of the launch that this CTA had a part in attention of
   LocalTeam local_;
 };
 

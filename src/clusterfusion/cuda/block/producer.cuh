@@ -22,7 +22,13 @@ class TileProducer : public CtaShare<S> {
       const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace)
       : Base(position), k_map_(k_map), v_map_(v_map), ring_(shared.stages, shared.ring), trace_(trace) {}
 
-  // One layer, or a segment of it; `layer` counts those of a launch.
+  // At the start of a step of a launch of several. `attended`, but for the first: the counter of kAttentionDone, which stands at `target`
+  // or higher when all have attended the last layer of the step before, and so written their rows of the caches.
+  __device__ void begin_step(int position, const unsigned* attended, unsigned target) {
+    this->position_ = position, attended_ = attended, target_ = target;
+  }
+
+  // One layer, or a segment of it; `layer` counts those of a step.
   template <Segment kSegment>
   __device__ void run(const LayerTensors& w, int layer) {
     constexpr bool kInsideDown = S::kUpFirst && kSegment == Segment::whole;
@@ -56,8 +62,12 @@ class TileProducer : public CtaShare<S> {
   // This CTA's tiles of cached tokens, whole ones: of the last, what lies beyond the position is copied and never looked at.
   __device__ void cached(int layer) {
     const int tiles = this->cached_tiles(), head = layer * S::kKvHeads + this->kv_head();
-    if (layer == 0 && tiles > 0) {  // weights never change; the launch before has written a row of a cache
-      wait_for_previous_launch();
+    if (layer == 0 && tiles > 0) {  // weights never change; the step before has written a row of a cache
+      if (attended_ == nullptr) {
+        wait_for_previous_launch();
+      } else {
+        grid_wait(attended_, target_);  // if it expires, so does the vector warps' own, which is for the same
+      }
       async_proxy_fence();
     }
     for (int first = 0; first < tiles; first += S::kStageTiles) {
@@ -172,6 +182,8 @@ class TileProducer : public CtaShare<S> {
   }
 
   const TensorMap &k_map_, &v_map_;
+  const unsigned* attended_ = nullptr;
+  unsigned target_ = 0;
   RingProducer<TileRing, Tracer::kOn> ring_;
   Tracer& trace_;
 };

@@ -47,7 +47,7 @@ struct Workspace {
   float* partials;                       // [heads, partials]
   void* h;                               // [intermediate]
   unsigned* counters;                    // kCounters, kCounterStride apart
-  unsigned* error;                       // kErrorWords
+  unsigned* error;                       // the error record
   float eps;
   int second_angles;                     // where a row's angles for the pairs' second halves start
 };
@@ -68,10 +68,10 @@ static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the 
 constexpr int kCounterStride = 32;  // a cache line each
 constexpr int kMostGroups = 4;      // hidden groups, of CtaShare
 enum Counter { kAttentionDone, kMiddleDone, kLaunchDone, kHiddenDone, kCounters = kHiddenDone + kMostGroups };  // h: one a group
-// The error record, in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
-constexpr int kErrorClaim = 4, kErrorWords = 5;
+// The error record, five words in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
+constexpr int kErrorClaim = 4;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.
-enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kBadPosition };
+enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kOnToken, kBadPosition };
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
 // projection's, which even out what that leaves uneven (up_row). kQueries query heads that share a K/V head make a bundle, all of

@@ -24,6 +24,16 @@ __device__ __forceinline__ Pair load_pair(const Pair* from) {
 __device__ __forceinline__ void load_pairs(const Pair* from, Pair& a, Pair& b) {  // two neighbours, 16-byte aligned
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
 }
+// The same, for what the reader does behind it: it comes after all that the writer has seen.
+__device__ __forceinline__ void release_pair(Pair* to, float value, unsigned epoch) {
+  const Pair pair = static_cast<Pair>(epoch) << 32 | __float_as_uint(value);
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(pair) : "memory");
+}
+__device__ __forceinline__ Pair acquire_pair(const Pair* from) {
+  Pair pair;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(pair) : "l"(from) : "memory");
+  return pair;
+}
 __device__ __forceinline__ float value_of(Pair pair) { return __uint_as_float(static_cast<unsigned>(pair)); }
 __device__ __forceinline__ unsigned epoch_of(Pair pair) { return static_cast<unsigned>(pair >> 32); }
 

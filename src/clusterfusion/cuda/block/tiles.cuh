@@ -41,7 +41,7 @@ class TileWarps : public CtaState<S> {
       trace_.mark(TraceEvent::project_wait);
       const auto normed = [&] {
         this->await(kNormed, layer);
-        trace_.mark(TraceEvent::project_begin);
+        begin(TraceEvent::project_begin);
       };
       if constexpr (S::kUpFirst) {
         up<kWhole, kFaultCta>(normed);
@@ -52,13 +52,13 @@ class TileWarps : public CtaState<S> {
       }
     }
     constexpr bool kInsideDown = S::kUpFirst && kWhole;
-    if constexpr (runs<kSegment>(Segment::attend) && !kInsideDown) cached(layer);
+    if constexpr (runs<kSegment>(Segment::attend) && !kInsideDown) cached();
     if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down<kInsideDown>(layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
       const auto attended = [&] {
         this->await(kAttended, layer);
-        trace_.mark(TraceEvent::o_begin);
+        begin(TraceEvent::o_begin);
       };
       gemv_parts<OutTiles>(out_rows(), split_vector<S>(s_.vectors, 0), attended, s_.o_sums);
       this->signal(kOutputSums);
@@ -74,16 +74,23 @@ class TileWarps : public CtaState<S> {
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
 
-  // The LM head: calls out(index, logit) on one lane for each of this CTA's rows of the vocabulary.
+  // The LM head: calls out(index, logit) on some lane for each of this CTA's rows of the vocabulary.
   template <typename Out>
   __device__ void vocabulary(int vocabulary_rows, int layer, Out out) {
     trace_.mark(TraceEvent::project_wait);
     const auto normed = [&] {
       this->await(kNormed, layer);
-      trace_.mark(TraceEvent::project_begin);
+      begin(TraceEvent::project_begin);
     };
     const int first = rows_from(vocabulary_rows), rows = rows_to(vocabulary_rows) - first;
-    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), normed, [&](int row, float value) { out(first + row, value); });
+    float kept = 0;
+    int kept_row = -1;  // what is made of a logit takes one lane as long as all lanes
+    gemv<W, HiddenTiles>(
+        ring_, rows, split_vector<S>(s_.vectors, 0), lane_, normed, [&](int row, int, float value) { kept = value, kept_row = row; },
+        [&] {
+          if (kept_row >= 0) out(first + kept_row, kept);
+          kept_row = -1;
+        });
     trace_.mark(TraceEvent::logits_done);
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
@@ -91,6 +98,11 @@ class TileWarps : public CtaState<S> {
   __device__ void tiles_sync() { named_barrier_sync<2, S::kTileThreads>(); }
 
  private:
+  // What tiles are multiplied by is there. A warp has waited for its first one by then, which is a part of the other wait.
+  __device__ void begin(TraceEvent event) {
+    trace_.mark(event);
+    ring_.forget_last_wait();
+  }
   __device__ int out_rows() const { return rows_to(S::kHidden) - rows_from(S::kHidden); }
 
   template <bool kWhole, typename Ready>
@@ -151,13 +163,13 @@ class TileWarps : public CtaState<S> {
     int group = 0;
     const auto brought = [&] {
       this->await(kHidden + group, layer);
-      if (group == 0) trace_.mark(TraceEvent::down_tiles_begin);
+      if (group == 0) begin(TraceEvent::down_tiles_begin);
     };
     if constexpr (kCachedInside) {
       const PackedVector<W> h{h_at};
       const int before = Base::rows_before_cached(rows);
       gemv_parts<DownTiles>(before, h, brought, s_.down_sums);
-      cached(layer);
+      cached();
       gemv_parts<DownTiles>(rows - before, h, Nothing(), s_.down_sums + before * DownTiles::kParts);
     } else {  // of every row the parts that a group of h is for, then those of the next one
 #pragma unroll 1
@@ -170,9 +182,9 @@ class TileWarps : public CtaState<S> {
   }
 
   // This CTA's part of its bundle's cached tokens. Tile t goes to slot t % kWarps, whichever warp takes it.
-  __device__ void cached(int layer) {
+  __device__ void cached() {
     trace_.mark(TraceEvent::cached_wait);
-    if (this->works()) this->await(kQueriesReady, layer);
+    if (this->works()) this->await_round(kQueriesReady, this->attended_++);
     trace_.mark(TraceEvent::cached_begin);
     if (this->works()) {
       typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);

@@ -20,7 +20,6 @@ class VectorWarps : public Attention<S> {
   using Base = Attention<S>;
   using typename Base::DownTiles;
   using typename Base::W;
-  using Base::block_sync;
   using typename Base::OutTiles;
   using typename Base::UpRows;
   using Base::kBiases;
@@ -43,6 +42,7 @@ class VectorWarps : public Attention<S> {
   static constexpr int kBiasItems = (kBiases + kThreads - 1) / kThreads;
 
  public:
+  using Base::block_sync;
   using typename Base::Shared;
 
   __device__ VectorWarps(

@@ -184,6 +184,7 @@ class GroupedAttentionWarp {
   static constexpr int kStride = kQueries <= 2 ? kQueries : (kQueries + 3) / 4 * 4;  // of a token's scores: whole accesses
   static constexpr int kAccess = kStride < 4 ? kStride : 4;
   static constexpr int kAtOnce = (kQueries + (kQueries + 3) / 4 - 1) / ((kQueries + 3) / 4);  // scores in registers
+  static constexpr int kGroups = 2;  // of tokens, side by side: the sums of one wait for shuffles while the other's go on
   static constexpr int kHeadLanes = kQueries <= 2 ? 16 : kQueries <= 4 ? 8 : kQueries <= 8 ? 4 : kQueries <= 16 ? 2 : 1;
   static constexpr int kPairs = Tiles::kHeadDim / 2, kSteps = (kPairs + kWarpSize - 1) / kWarpSize;
   static_assert(kQueries > 1 && kQueries <= kWarpSize, "a lane for every head");
@@ -236,32 +237,46 @@ class GroupedAttentionWarp {
  private:
   __device__ __forceinline__ void score(StageReads& reads, const uint4* keys, int tokens) {
 #pragma unroll 1
-    for (int first = 0; first < tokens; first += Tiles::kTogether) {
-      const int token = first + at_.token;
-      const bool valid = at_.active && token < tokens;
-      uint4 packed = {};
-      if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
-      reads.saw(packed.x);
-      float k[kVector];
-      unpack8<W>(packed, k);
+    for (int first = 0; first < tokens; first += kGroups * Tiles::kTogether) {
+      float k[kGroups][kVector];
+      const auto token_of = [&](int group) { return first + group * Tiles::kTogether + at_.token; };
+      const auto valid = [&](int group) { return at_.active && token_of(group) < tokens; };
+#pragma unroll
+      for (int group = 0; group < kGroups; group++) {
+        uint4 packed = {};
+        if (valid(group)) packed = keys[token_of(group) * Tiles::kLanes + at_.chunk];
+        reads.saw(packed.x);
+        unpack8<W>(packed, k[group]);
+      }
 #pragma unroll 1
       for (int first_query = 0; first_query < kQueries; first_query += kAtOnce) {
-        float dots[kAtOnce];
+        float dots[kAtOnce][kGroups];
 #pragma unroll
         for (int q = 0; q < kAtOnce; q++) {
           const int of = min(first_query + q, kQueries - 1);
           const float4* query = reinterpret_cast<const float4*>(queries_ + of * Tiles::kHeadDim) + (at_.active ? 2 * at_.chunk : 0);
-          const float4 low = query[0], high = query[1];
-          float dot = fmaf(low.x, k[0], 0.0f);
-          dot = fmaf(low.y, k[1], dot), dot = fmaf(low.z, k[2], dot), dot = fmaf(low.w, k[3], dot);
-          dot = fmaf(high.x, k[4], dot), dot = fmaf(high.y, k[5], dot), dot = fmaf(high.z, k[6], dot);
-          dots[q] = fmaf(high.w, k[7], dot);
+          const SplitVector::Eight eight{query[0], query[1]};
+          float of_query[kVector];
+          eight.unpack(of_query);
+#pragma unroll
+          for (int group = 0; group < kGroups; group++) {
+            dots[q][group] = 0;
+#pragma unroll
+            for (int i = 0; i < kVector; i++) dots[q][group] = fmaf(of_query[i], k[group][i], dots[q][group]);
+          }
         }
 #pragma unroll
-        for (int q = 0; q < kAtOnce; q++) dots[q] = group_sum_of_first<Tiles::kLanes>(dots[q], at_.chunk);
-        if (valid && at_.chunk == 0) {
+        for (int q = 0; q < kAtOnce; q++) {
 #pragma unroll
-          for (int q = 0; q < kAtOnce; q++) scores_[token * kStride + min(first_query + q, kQueries - 1)] = dots[q];
+          for (int group = 0; group < kGroups; group++) {
+            dots[q][group] = group_sum_of_first<Tiles::kLanes>(dots[q][group], at_.chunk);
+          }
+        }
+#pragma unroll
+        for (int group = 0; group < kGroups; group++) {
+          if (!valid(group) || at_.chunk != 0) continue;
+#pragma unroll
+          for (int q = 0; q < kAtOnce; q++) scores_[token_of(group) * kStride + min(first_query + q, kQueries - 1)] = dots[q][group];
         }
       }
     }
@@ -288,7 +303,7 @@ class GroupedAttentionWarp {
   }
 
   __device__ __forceinline__ void weigh(StageReads& reads, const unsigned* values, int tokens) {
-#pragma unroll 2
+#pragma unroll 4
     for (int token = 0; token < tokens; token++) {
       float2 v[kSteps];
 #pragma unroll

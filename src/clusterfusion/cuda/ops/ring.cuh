@@ -115,10 +115,11 @@ class RingConsumer {
   __device__ __forceinline__ void tiles(int count, Take take, Use use) {
     static_assert(kTileBytes * Ring::kTiles <= Ring::kStageBytes, "tiles fit their stage");
     const int stages = (count + Ring::kTiles - 1) / Ring::kTiles;
+    if constexpr (kTimed) last_wait_ = 0;
     for (; ahead_ < stages; ahead_ += Ring::kTeams) {
       const long long start = kTimed ? clock64() : 0;
       mbarrier_wait_local(&barriers_.full[stage_], parity_);
-      if constexpr (kTimed) waited_ += clock64() - start;
+      if constexpr (kTimed) last_wait_ = clock64() - start, waited_ += last_wait_;
       const int tile = ahead_ * Ring::kTiles + tile_;
       const bool mine = Ring::kTiles == 1 || tile < count;
       Held held = {};  // of this turn alone: otherwise it would be kept from one to the next
@@ -144,6 +145,10 @@ class RingConsumer {
         [](int, None) {});
   }
 
+  // With kTimed: the wait for the phase's last tile so far does not count.
+  __device__ void forget_last_wait() {
+    if constexpr (kTimed) waited_ -= last_wait_, last_wait_ = 0;
+  }
   // Clocks of this warp's waits for data since the last call, with kTimed.
   __device__ long long take_waited() {
     const long long waited = waited_;
@@ -157,7 +162,7 @@ class RingConsumer {
   int tile_, stage_;
   int ahead_;  // of the next stage of this warp's team, counted from the phase's first one
   unsigned parity_ = 0;
-  long long waited_ = 0;
+  long long waited_ = 0, last_wait_ = 0;
 };
 
 }  // namespace clusterfusion

@@ -6,8 +6,6 @@
 
 namespace clusterfusion {
 
-constexpr int kBulkAlignment = 16;  // of both addresses and of the size, in bytes
-
 // Weights are read once a step and K/V once: both leave the L2 first. The encoded form of an evict-first policy.
 constexpr cuda::std::uint64_t kEvictFirst = 0x12F0000000000000ull;
 

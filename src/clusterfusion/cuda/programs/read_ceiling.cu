@@ -18,7 +18,7 @@ constexpr int kLoadCtas = 2;           // an SM; one is 3% slower on an H200, mo
 constexpr int kLoadsInFlight = 8;      // a thread
 constexpr int kStageBytesRead = 8192;  // of the ring; with 4 KB the producer lane is the limit
 
-// data: `bytes` of them, both multiples of 16 (kBulkAlignment). words: one a CTA.
+// data: `bytes` of them, both multiples of 16, as bulk copies need. words: one a CTA.
 struct ReadArguments {
   const void* data;
   cuda::std::int64_t bytes;

@@ -12,10 +12,10 @@ constexpr int kNoToken = -1;  // in place of a token: its logits are not finite
 // Device memory that lasts from step to step; zero before first use.
 struct StepState {
   unsigned arrivals;  // of CTAs, at the end of a step
-  int token;          // that the last step chose
+  Pair choice;        // the token that the last step chose, below, and above it how many steps there have been
 };
 
-// Passed by value: a launch knows its position and, after a prompt, its token; nothing has to be fetched first.
+// Passed by value: a launch knows its first position and, after a prompt, its first token; nothing has to be fetched first.
 template <int kLayers>
 struct StepArguments {
   TensorMap k_map, v_map;                              // of the whole caches, as [layers * kv_heads, max_len, head_dim]
@@ -26,16 +26,17 @@ struct StepArguments {
   float* logits;                                       // [vocabulary]
   StepState* state;
   Candidate* candidates;                               // [CTAs]
-  int* chosen;                                         // where this step's choice goes as well: host memory
+  int* chosen;                                         // [steps], where the choices go as well: host memory
   long long* trace;                                    // [CTAs, layers + 1, kTraceEvents], then kTraceClocks a CTA; or null
   double temperature;                                  // 0: greedy
   unsigned long long seed;
   int vocabulary;
-  int position;                                        // cached tokens before this one
-  int token;                                           // kNoToken: the one that the last step chose
-  unsigned launch;                                     // number of the launch over this memory, from 0
+  int position;                                        // cached tokens before the first step
+  int token;                                           // that the first step takes; kNoToken: the one that the last step chose
+  unsigned first_step;                                 // steps over this memory before this launch
+  int steps;                                           // of this launch
   LayerTensors layers[kLayers];
 };
-static_assert(sizeof(StepArguments<2>) == 896 && sizeof(Candidate) == 16 && sizeof(LayerTensors) == 144, "jit/decode_step.py lays out the same struct");
+static_assert(sizeof(StepArguments<2>) == 896 && sizeof(Candidate) == 16 && sizeof(StepState) == 16 && sizeof(LayerTensors) == 144, "jit/decode_step.py lays out the same struct");
 
 }  // namespace clusterfusion

@@ -1,0 +1,139 @@
+"""How a CTA's shared memory, warps and registers are spent on the stream of weights: tiles, stages, window, warps of each role.
+
+What covers a wait for other CTAs is what streams on meanwhile: the ring's stages, and the tiles that waiting tile warps have in
+registers. Both are chosen together for the most bytes. Measured on an H200 (lab/decode_step.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from clusterfusion.architecture import DecoderConfig
+from clusterfusion.plan.limits import PlanLimits
+from clusterfusion.plan.sizes import (
+    BARRIER_BYTES,
+    ELEMENT_BYTES,
+    TENSOR_COPY_ALIGNMENT,
+    cache_tile_bytes,
+    cache_tile_tokens,
+    even_parts,
+    fixed_shared_bytes,
+    round_up,
+    tokens_a_pass,
+)
+
+# Two rows of hidden_size a tile, where the registers of a warp hold them: each read of x is for both, and there is more to hold.
+ROWS_A_TILE = 2
+MOST_TILE_BYTES = 10240
+# Copies of 5 KB and less are slow: as many tiles a stage as make it about as large as this.
+TARGET_STAGE_BYTES = 8192
+MOST_STAGE_TILES = 4
+MAX_STAGES = 64
+
+WARPS = (6, 7, 8, 9, 10, 11)  # of tiles, to choose from
+SCARCE_WARPS = (2, 3, 4, 5)  # where shared memory is scarce
+# Vector warps hold a vector of hidden_size in registers between them: so many quads a thread, and the norms' weights for them.
+QUADS_A_THREAD = 4
+FEWEST_VECTOR_WARPS, FEWEST_AT_EASE, MOST_VECTOR_WARPS = 5, 6, 8
+SCARCE_VECTOR_WARPS = 4
+GOOD_COVER = 0.95  # of the most there can be: of such choices, the one with the fewest quads a thread
+# Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
+MOST_WARPS = 16
+SCARCE_SHARED_BYTES = 128 * 1024
+
+# The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best. Messages between CTAs
+# queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
+NARROW_HIDDEN_SIZE = 2048
+NARROW_WINDOW_BYTES = 40960
+WINDOW_BYTES = 51200
+# From here on a layer's weights last long enough for more bytes in flight.
+WIDE_HIDDEN_SIZE = 3072
+WIDE_WINDOW_BYTES = 65536
+WIDE_SEQUENTIAL_WINDOW_BYTES = 57344
+
+
+class Ring(NamedTuple):
+    """Fields of BlockPlan. Where shared memory does not suffice, `stages` is 0 and `shared_bytes` what it would take at least."""
+
+    vector_warps: int
+    warps: int
+    stages: int
+    tile_bytes: int
+    stage_tiles: int
+    window_stages: int
+    tile_tokens: int
+    shared_bytes: int
+
+
+def window_bytes(config: DecoderConfig) -> int:
+    """In flight, at most, from memory to a CTA."""
+    if config.hidden_size >= WIDE_HIDDEN_SIZE:
+        return WIDE_WINDOW_BYTES if config.parallel_residual else WIDE_SEQUENTIAL_WINDOW_BYTES
+    return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
+
+
+def is_scarce(limits: PlanLimits) -> bool:
+    return limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
+
+
+def enough_bytes(config: DecoderConfig, limits: PlanLimits) -> int:
+    """So deep a ring must be at least, where there is a choice."""
+    return 2 * TARGET_STAGE_BYTES if is_scarce(limits) else window_bytes(config)
+
+
+def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> Ring:
+    """The ring of a CTA that attends bundles of so many `queries`."""
+    scarce = is_scarce(limits)
+    row_bytes = config.hidden_size * ELEMENT_BYTES
+    rows = 1 if scarce or ROWS_A_TILE * row_bytes > MOST_TILE_BYTES else ROWS_A_TILE
+    pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))  # cached tokens fit a tile too
+    tile_bytes = round_up(max(rows * row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
+    tile_tokens = cache_tile_tokens(config, tile_bytes)
+    stage_tiles = 1
+    while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
+        stage_tiles *= 2
+    if not even_parts(config, tile_bytes):
+        stage_tiles = 1
+    stage_bytes = tile_bytes * stage_tiles
+    stage_room = stage_bytes + BARRIER_BYTES
+
+    def fixed(warps: int) -> int:
+        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps, tile_tokens)
+
+    def stages_with(warps: int) -> int:
+        room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
+        teams = warps // stage_tiles
+        return min(max(room, 0), MAX_STAGES) // teams * teams
+
+    def cover(warps: int) -> int:
+        held = 0 if scarce else warps * tile_bytes
+        return stages_with(warps) * stage_bytes + held
+
+    def quads(vectors: int) -> int:  # of x, a thread
+        return -(-config.hidden_size // (4 * 32 * vectors))
+
+    fewest = min(max(quads(QUADS_A_THREAD), FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
+    choices = [
+        (vectors, warps)
+        for vectors in ([SCARCE_VECTOR_WARPS] if scarce else range(fewest, MOST_VECTOR_WARPS + 1))
+        for warps in WARPS
+        if vectors + warps < MOST_WARPS and warps % stage_tiles == 0
+    ]
+    if not any(stages_with(warps) for _, warps in choices):
+        choices = [(choices[0][0], warps) for warps in SCARCE_WARPS if warps % stage_tiles == 0]
+    most = max(cover(warps) for _, warps in choices)
+    good = [(v, w) for v, w in choices if cover(w) >= GOOD_COVER * most]
+    vector_warps, warps = min(
+        good, key=lambda c: (quads(c[0]), -cover(c[1]), max(0, FEWEST_AT_EASE - c[0]), c[0], -c[1])
+    )
+    stages = stages_with(warps)
+    return Ring(
+        vector_warps=vector_warps,
+        warps=warps,
+        stages=stages,
+        tile_bytes=tile_bytes,
+        stage_tiles=stage_tiles,
+        window_stages=max(1, min(stages, window_bytes(config) // stage_bytes)),
+        tile_tokens=tile_tokens,
+        shared_bytes=fixed(warps) + stages * stage_room if stages else fixed(2) + 2 * stage_room,
+    )
