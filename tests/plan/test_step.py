@@ -164,6 +164,7 @@ AWAITS_OF: dict[Order, dict[str, str]] = {
     "sequential": AWAITS
     | {
         "output_sums": r"o_sums of CTA .* holds \('o', 0\)|x1 of CTA .* is not written over while \('attended', 0\)",
+        "slots": r"x2.* of CTA .* holds \('kv', 0\)",  # where h will be
         "middle_normed": r"x1 of CTA .* holds \('middle_normed', 0\)",
         "down_sums": r"down_sums of CTA .* holds \('down', 0\)",
     },

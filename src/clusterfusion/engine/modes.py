@@ -28,7 +28,7 @@ MODES: dict[str, Mode] = {
         Mode("split", "regular launches, no grid barrier", _KERNELS),
         Mode("fused", "one cooperative launch with clusters a layer", _KERNELS),
         Mode("graph", "the fused layers in a CUDA graph", _KERNELS),
-        Mode("model", "one cooperative launch for the whole step", _KERNELS),
+        Mode("model", "one cooperative launch for whole steps", _KERNELS),
     )
 }
 _FASTEST_FIRST = ("model", "graph", "fused", "split", "reference")

@@ -107,9 +107,11 @@ class BlockPlan:
         return self.splits // self.merged_ctas
 
     def used_partials(self, position: int) -> int:
-        """How many of a head's partials hold anything with `position` cached tokens: of as many clusters as have a tile a warp."""
+        """How many of a head's partials hold anything with `position` cached tokens: of as many clusters as have a tile for each
+        CTA, or, where all wait for attention, for each warp."""
         tiles = -(-position // self.tile_tokens)
-        return max(1, min(self.partials_per_head, -(-tiles // (self.warps * self.merged_ctas))))
+        of_a_cluster = self.merged_ctas * (1 if self.up_first else self.warps)
+        return max(1, min(self.partials_per_head, -(-tiles // of_a_cluster)))
 
     def active_splits(self, position: int) -> int:
         """CTAs that share a bundle's `position` cached tokens."""

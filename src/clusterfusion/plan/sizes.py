@@ -75,7 +75,10 @@ def fixed_shared_bytes(
     out_rows = -(-c.hidden_size // ctas) + 1
     o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
     scores = 0 if queries == 1 else 4 * tile_tokens * (2 if queries == 2 else round_up(queries, 4))
-    attention = (queries + 2) * 4 * c.head_dim + (warps + 1) * partial + 2 * CLUSTER_SIZE * partial
+    slots = (warps + 1) * partial
+    if not c.parallel_residual and slots <= hidden:  # they lie where h will be
+        slots = 16
+    attention = (queries + 2) * 4 * c.head_dim + slots + CLUSTER_SIZE * partial
     attention += warps * round_up(scores, 16)
     up_rows = -(-c.intermediate_size // ctas) + 3 + -(-(c.q_size + c.intermediate_size) // c.hidden_size)
     bias_rows = -(-qkv_rows(c) // ctas) + 1 + up_rows + 2 * out_rows

@@ -287,9 +287,10 @@ def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[
         yield False, of_group("up_sums", group), ("up", layer)
     if kind == "read" and name == "kv":
         yield False, "queries", ("queries", layer)
-        yield True, "slots", ("kv", layer)
-    if kind == "arrive" and name == merges:
-        yield False, "slots", ("kv", layer)
+    # With sequential residual, slots may lie where h will be; the proof takes it that they do.
+    slots = ["slots"] if parallel else [of_group("x2", each) for each in range(plan.hidden_groups)]
+    if (kind == "read" and name == "kv") or (kind == "arrive" and name == merges):
+        yield from ((kind == "read", place, ("kv", layer)) for place in slots)
     if kind == "read" and name in ("o", "down"):
         yield True, of_group(f"{name}_sums", group), (name, layer)
     if kind == "publish" and name in ("x", "middle"):

@@ -45,17 +45,17 @@ class Attention : public CtaState<S> {
     if (split() == 0) {
       if (this->warp_ == S::kVectorWarps - 1) {
 #pragma unroll 1
-        for (int q = 0; q < kQueries; q++) new_token(s_.slots + used * kPartialsFloats + q * kPartial, s_.query + q * S::kHeadDim);
+        for (int q = 0; q < kQueries; q++) new_token(this->slots() + used * kPartialsFloats + q * kPartial, s_.query + q * S::kHeadDim);
       }
       count++;
     }
-    this->await_round(kPartialsReady, this->attended_++);
+    this->await_of_attended(kPartialsReady);
     SoftmaxScale scale{-kInfinity, 0.0f};
     // Each thread merges one dimension of a head; the scale is the same on all of that head.
     gather_.exchange(this->local_, [&](int at) {  // begins with a barrier: the new token's partial is there
       const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
       const float value =
-          merge_partials<S::kHeadDim, S::kWarps + 1>(s_.slots + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
+          merge_partials<S::kHeadDim, S::kWarps + 1>(this->slots() + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
       return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
     });
     if (gather_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
@@ -79,7 +79,7 @@ class Attention : public CtaState<S> {
     constexpr int kQuads = S::kQSize / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
     // So many loads fit the registers, and cost one trip together: of all quads of a thread, or a few, as many partials each as
     // there are, or a few; of those, all that hold anything.
-    constexpr int kLoads = 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
+    constexpr int kLoads = S::kVectorWarps < 6 ? 8 : 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
     constexpr int kLoaded = smaller(S::kPartials, larger(kLoads / kTogether, 1));
     const int used = this->used_partials();  // others may hold what an earlier launch left
 #pragma unroll

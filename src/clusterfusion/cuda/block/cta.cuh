@@ -54,7 +54,11 @@ struct CtaTypes {
   static constexpr int kPartialsFloats = S::kQueries * kPartial;  // of all heads of a bundle
   using Warp = AttentionWarpOf<typename S::W, typename Share::Cached, S::kQueries>;
   using Block = BlockSum<kNormSums, S::kVectorThreads>;
-  using Gather = AsyncGather<float, kPartialsFloats, S::kMerged>;
+  using Gather = AsyncGather<float, kPartialsFloats, S::kMerged, 1>;  // once a layer: a peer has seen all of this CTA's x before the next
+  // With sequential residual the slots of the cached tokens' partials lie where h will be: it comes when they are merged, and is gone
+  // when the next layer's queries are there, which all of x has gone into.
+  static constexpr int kSlotFloats = (S::kWarps + 1) * kPartialsFloats;  // one a tile warp, and the new token
+  static constexpr bool kSlotsInHidden = !S::kParallel && kSlotFloats * 4 <= kHiddenBytes;
 
   struct Shared {
     alignas(128) char stages[S::kStages * S::kStageBytes];
@@ -62,7 +66,7 @@ struct CtaTypes {
     alignas(16) typename Warp::Scores scores[S::kWarps];
     alignas(16) float query[S::kQueries * S::kHeadDim];
     float key[S::kHeadDim], value[S::kHeadDim];
-    float slots[(S::kWarps + 1) * kPartialsFloats];  // one a tile warp, and the new token
+    float own_slots[kSlotsInHidden ? 1 : kSlotFloats];
     float o_sums[kOutRows * Share::OutTiles::kParts];
     float up_sums[S::kGated ? 2 * kUpRows : 1];  // of gates and what they are multiplied with, in turn
     float down_sums[kOutRows * Share::DownTiles::kParts];
@@ -106,9 +110,13 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   }
 
   __device__ Shared& shared() { return s_; }
+  __device__ float* slots() const {
+    return CtaTypes<S>::kSlotsInHidden ? reinterpret_cast<float*>(s_.vectors + CtaTypes<S>::kVectorBytes) : s_.own_slots;
+  }
   // At the start of a step of a launch of several, `step` of them and their `layers` layers each before it.
   __device__ void begin_step(int position, unsigned step, unsigned layers) {
-    this->position_ = position, step_ = step, rounds_ = step * layers;
+    this->position_ = position;
+    parities_ = (parities_ & kAttendedParity) | (step * layers & 1) | (step & 1) << 1;
   }
   // At the start of every layer.
   __device__ void begin_layer() {
@@ -121,8 +129,15 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   // round of `layer` of the step. Parity is safe: a round's signals all depend on all signals of the round before
   // having been waited for. Not bounded: it waits for warps whose own waits are.
   __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
-  __device__ void await(int which, unsigned layer) { await_round(which, rounds_ + layer + (which == kNormed ? step_ : 0)); }
+  __device__ void await(int which, unsigned layer) {
+    await_round(which, layer + parities_ + (which == kNormed ? parities_ >> 1 : 0));
+  }
   __device__ void await_round(int which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
+  // Of the layers in which this CTA has a part in attention.
+  __device__ void await_of_attended(int which) {
+    await_round(which, parities_ / kAttendedParity);
+    parities_ ^= kAttendedParity;
+  }
 
   // The first error of a launch, for the host: the details, then the word that says they are there.
   __device__ void record_error(unsigned dependency, unsigned expected, unsigned seen) {
@@ -176,8 +191,10 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   const Workspace& u_;
   Shared& s_;
   int thread_, warp_, lane_;  // thread and warp in the role
-  unsigned step_ = 0, rounds_ = 0;  // of the launch: steps and layers before this step
-  unsigned attended_ = 0;           // layers of the launch that this CTA had a part in attention of
+  // In one register: the parity of the launch's layers before this step, of its steps before it, of the layers so far in which this
+  // CTA had a part in attention.
+  static constexpr unsigned kAttendedParity = 4;
+  unsigned parities_ = 0;
   LocalTeam local_;
 };
 

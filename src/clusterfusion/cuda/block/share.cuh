@@ -231,10 +231,11 @@ class CtaShare {
   __device__ int bundle_of_group() const { return bundle() % (S::kGroup / S::kQueries); }
   __device__ int split() const { return cta_ % S::kSplits; }
   __device__ int all_tiles() const { return (position_ + Cached::kTokens - 1) / Cached::kTokens; }  // of a bundle's cached tokens
-  // CTAs that share a bundle's cached tokens, whole clusters: as many as have a tile for each of their warps, since everyone reads what
-  // every cluster has made of it.
+  // CTAs that share a bundle's cached tokens, whole clusters: as many as have a tile for each CTA, so that all stream as much, where
+  // weights stream while attention is under way. Otherwise everyone waits for it, and reads what every cluster has made of it: only
+  // as many as have a tile for each of their warps.
   __device__ int active_splits() const {
-    constexpr int kTiles = S::kWarps * S::kMerged;  // of a cluster
+    constexpr int kTiles = (S::kUpFirst ? 1 : S::kWarps) * S::kMerged;  // of a cluster
     return max(1, min(S::kPartials, (all_tiles() + kTiles - 1) / kTiles)) * S::kMerged;
   }
   __device__ int cached_tiles() const {  // of this CTA

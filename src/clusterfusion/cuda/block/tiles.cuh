@@ -98,10 +98,10 @@ class TileWarps : public CtaState<S> {
   __device__ void tiles_sync() { named_barrier_sync<2, S::kTileThreads>(); }
 
  private:
-  // What tiles are multiplied by is there. A warp has waited for its first one by then, which is a part of the other wait.
+  // What tiles are multiplied by is there. A warp has waited for its first ones by then, which is a part of the other wait.
   __device__ void begin(TraceEvent event) {
     trace_.mark(event);
-    ring_.forget_last_wait();
+    ring_.forget_waits();
   }
   __device__ int out_rows() const { return rows_to(S::kHidden) - rows_from(S::kHidden); }
 
@@ -133,7 +133,8 @@ class TileWarps : public CtaState<S> {
       };
       if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
         float* sums = s_.up_sums + 2 * done;
-        gemv_rows<HiddenTiles>(2 * rows, x, ready_once, [&](int row, float value) { sums[row] = value; });
+        constexpr bool kByTwo = false;  // registers do not suffice beside what this loop keeps
+        gemv_rows<HiddenTiles, kByTwo>(2 * rows, x, ready_once, [&](int row, float value) { sums[row] = value; });
         this->signal(kExpanded + group);
       } else {
         const float* biases = s_.biases + kUpBias + done;
@@ -184,7 +185,7 @@ class TileWarps : public CtaState<S> {
   // This CTA's part of its bundle's cached tokens. Tile t goes to slot t % kWarps, whichever warp takes it.
   __device__ void cached() {
     trace_.mark(TraceEvent::cached_wait);
-    if (this->works()) this->await_round(kQueriesReady, this->attended_++);
+    if (this->works()) this->await_of_attended(kQueriesReady);
     trace_.mark(TraceEvent::cached_begin);
     if (this->works()) {
       typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
@@ -193,7 +194,7 @@ class TileWarps : public CtaState<S> {
         mine.add_tile(data, this->tile_tokens(tile));
         slot = tile % S::kWarps;
       });
-      if (slot >= 0) mine.store(s_.slots + slot * Base::kPartialsFloats, Base::kPartial);
+      if (slot >= 0) mine.store(this->slots() + slot * Base::kPartialsFloats, Base::kPartial);
       this->signal(kPartialsReady);
     }
     trace_.mark(TraceEvent::cached_done);
@@ -214,10 +215,10 @@ class TileWarps : public CtaState<S> {
   }
 
   // Rows that one lane can finish at once: calls out(row, value).
-  template <typename Tiles, typename V, typename Ready, typename Out>
+  template <typename Tiles, bool kByTwo = true, typename V, typename Ready, typename Out>
   __device__ void gemv_rows(int rows, const V& x, Ready ready, Out out) {
     static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
-    gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
+    gemv<W, Tiles, 1, kByTwo>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
   }
 
   template <typename Tiles, int kParts = Tiles::kParts, typename V, typename Ready>

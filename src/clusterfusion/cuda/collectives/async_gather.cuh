@@ -2,11 +2,14 @@
 // stores that count their bytes at the reader's mbarrier (st.async): nobody waits for a fence of the whole GPU, as an arrival that
 // releases ordinary stores to the cluster does.
 //
-// Each of two inboxes has an mbarrier. A phase of it completes when all senders of this CTA have stored their own elements and those
+// Each of the inboxes, two, has an mbarrier. A phase of it completes when all senders of this CTA have stored their own elements and those
 // of all peers have arrived. Members may read the result until their next block_sync, with which an exchange begins: behind it
 // nobody of this CTA still waits for or reads the exchange before. So a peer that sends for exchange n + 2 into the inbox of n,
 // for which it needed this CTA's elements of n + 1, overwrites what nobody reads, and no wait by parity can see n + 2 in place of n.
 // The last wait of a CTA ends after everything that peers send it, so it may exit then.
+//
+// One inbox suffices where a peer can come to its next exchange only after every member of this CTA has read the result of the last
+// one. Then each phase is over in both senses before anything of the next arrives.
 #pragma once
 
 #include "collectives/exchange.cuh"
@@ -15,24 +18,25 @@
 
 namespace clusterfusion {
 
-template <typename T, int kLength, int kClusterSize>
+template <typename T, int kLength, int kClusterSize, int kInboxes = 2>
 class AsyncGather {
  public:
   static_assert(is_cluster_size(kClusterSize), "clusters of 1, 2, 4 or 8 CTAs");
   static_assert(sizeof(T) == 4, "a store moves 32 bits");
+  static_assert(kInboxes == 1 || kInboxes == 2, "more are of no use");
   static constexpr int kTotal = kClusterSize * kLength;
 
   // In shared memory, at the same offset in every CTA, given to one AsyncGather for as long as any CTA uses it.
   struct Scratch {
-    alignas(16) T inbox[2][kTotal];
-    cuda::std::uint64_t complete[2];
+    alignas(16) T inbox[kInboxes][kTotal];
+    cuda::std::uint64_t complete[kInboxes];
   };
 
   // One thread of each CTA, before the kernel's first cluster barrier. kThreads: of the team.
   template <int kThreads>
   static __device__ __forceinline__ void init(Scratch& scratch) {
     constexpr int kSenders = kLength < kThreads ? kLength : kThreads;
-    for (int i = 0; i < 2; i++) mbarrier_init(&scratch.complete[i], kSenders);
+    for (int i = 0; i < kInboxes; i++) mbarrier_init(&scratch.complete[i], kSenders);
     mbarrier_init_fence();
   }
 
@@ -45,7 +49,7 @@ class AsyncGather {
     team.block_sync();
     // Having given up once, it neither spends the limit again at every later exchange, nor arrives for a phase that has not ended.
     if (expired_) return;
-    const int which = count_ & 1;
+    const int which = count_ % kInboxes;
     T* inbox = scratch_.inbox[which];
     cuda::std::uint64_t* complete = &scratch_.complete[which];
     const unsigned rank = kClusterSize == 1 ? 0 : cluster_rank();
@@ -63,12 +67,12 @@ class AsyncGather {
     } else if (team.thread() < kLength) {
       mbarrier_arrive_local(complete);
     }
-    expired_ = !mbarrier_wait_cluster(complete, count_ >> 1 & 1);
+    expired_ = !mbarrier_wait_cluster(complete, count_ / kInboxes & 1);
     count_++;
   }
 
   // The vectors of all ranks, rank r's at r * kLength; for any member, until its next block_sync.
-  __device__ __forceinline__ const T* result() const { return scratch_.inbox[(count_ - 1) & 1]; }
+  __device__ __forceinline__ const T* result() const { return scratch_.inbox[(count_ - 1) % kInboxes]; }
   // A wait ran out (kWaitLimitClocks): what came since is meaningless; report it and return.
   __device__ __forceinline__ bool expired() const { return expired_; }
 

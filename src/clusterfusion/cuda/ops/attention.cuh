@@ -184,7 +184,8 @@ class GroupedAttentionWarp {
   static constexpr int kStride = kQueries <= 2 ? kQueries : (kQueries + 3) / 4 * 4;  // of a token's scores: whole accesses
   static constexpr int kAccess = kStride < 4 ? kStride : 4;
   static constexpr int kAtOnce = (kQueries + (kQueries + 3) / 4 - 1) / ((kQueries + 3) / 4);  // scores in registers
-  static constexpr int kGroups = 2;  // of tokens, side by side: the sums of one wait for shuffles while the other's go on
+  // Groups of tokens side by side: the sums of one wait for shuffles while the other's go on. Uneven ones take more registers.
+  static constexpr int kGroups = kPowerOfTwo<Tiles::kLanes> ? 2 : 1;
   static constexpr int kHeadLanes = kQueries <= 2 ? 16 : kQueries <= 4 ? 8 : kQueries <= 8 ? 4 : kQueries <= 16 ? 2 : 1;
   static constexpr int kPairs = Tiles::kHeadDim / 2, kSteps = (kPairs + kWarpSize - 1) / kWarpSize;
   static_assert(kQueries > 1 && kQueries <= kWarpSize, "a lane for every head");

@@ -105,6 +105,7 @@ class StageReads {
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
+  static constexpr int kTiles = Ring::kTiles;  // of a stage
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp)
       : stages_(stages), barriers_(barriers), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
         ahead_(warp / Ring::kTiles) {}
@@ -115,21 +116,40 @@ class RingConsumer {
   __device__ __forceinline__ void tiles(int count, Take take, Use use) {
     static_assert(kTileBytes * Ring::kTiles <= Ring::kStageBytes, "tiles fit their stage");
     const int stages = (count + Ring::kTiles - 1) / Ring::kTiles;
-    if constexpr (kTimed) last_wait_ = 0;
+    if constexpr (kTimed) of_phase_ = 0;
     for (; ahead_ < stages; ahead_ += Ring::kTeams) {
-      const long long start = kTimed ? clock64() : 0;
-      mbarrier_wait_local(&barriers_.full[stage_], parity_);
-      if constexpr (kTimed) last_wait_ = clock64() - start, waited_ += last_wait_;
+      wait();
       const int tile = ahead_ * Ring::kTiles + tile_;
       const bool mine = Ring::kTiles == 1 || tile < count;
       Held held = {};  // of this turn alone: otherwise it would be kept from one to the next
       if (mine) held = take(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
-      mbarrier_arrive_local(&barriers_.empty[stage_]);
+      hand_back();
       if (mine) use(tile, held);
-      stage_ += Ring::kTeams;
-      if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
     ahead_ -= stages;
+  }
+
+  // The same, two tiles at a time as long as there are two: of the second, both(held, data) makes what use_both(tile, second tile, sums)
+  // is given once that stage is handed back as well. It waits for its StageReads. A tile a stage.
+  template <int kTileBytes, typename Held, typename Take, typename Use, typename Both, typename UseBoth>
+  __device__ __forceinline__ void tiles_by_two(int count, Take take, Use use, Both both, UseBoth use_both) {
+    static_assert(Ring::kTiles == 1 && kTileBytes <= Ring::kStageBytes, "a tile is a stage");
+    if constexpr (kTimed) of_phase_ = 0;
+    for (; ahead_ < count; ahead_ += Ring::kTeams) {
+      wait();
+      const Held held = take(ahead_, stages_ + stage_ * Ring::kStageBytes);
+      hand_back();
+      if (ahead_ + Ring::kTeams >= count) {
+        use(ahead_, held);
+        continue;
+      }
+      ahead_ += Ring::kTeams;
+      wait();
+      const auto sums = both(held, stages_ + stage_ * Ring::kStageBytes);
+      hand_back();
+      use_both(ahead_ - Ring::kTeams, ahead_, sums);
+    }
+    ahead_ -= count;
   }
 
   // The same where nothing is left to do once a stage is handed back.
@@ -145,24 +165,39 @@ class RingConsumer {
         [](int, None) {});
   }
 
-  // With kTimed: the wait for the phase's last tile so far does not count.
-  __device__ void forget_last_wait() {
-    if constexpr (kTimed) waited_ -= last_wait_, last_wait_ = 0;
+  // With kTimed: what has been waited in this phase so far does not count.
+  __device__ void forget_waits() {
+    if constexpr (kTimed) waited_ -= of_phase_, of_phase_ = 0;
   }
   // Clocks of this warp's waits for data since the last call, with kTimed.
   __device__ long long take_waited() {
-    const long long waited = waited_;
+    const unsigned waited = waited_;
     waited_ = 0;
     return waited;
   }
 
  private:
+  __device__ __forceinline__ void wait() {
+    const unsigned start = kTimed ? clock() : 0;
+    mbarrier_wait_local(&barriers_.full[stage_], parity_);
+    if constexpr (kTimed) {
+      const unsigned waited = clock() - start;
+      waited_ += waited, of_phase_ += waited;
+    }
+  }
+  // And on to the team's next stage.
+  __device__ __forceinline__ void hand_back() {
+    mbarrier_arrive_local(&barriers_.empty[stage_]);
+    stage_ += Ring::kTeams;
+    if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
+  }
+
   const char* stages_;
   typename Ring::Barriers& barriers_;
   int tile_, stage_;
   int ahead_;  // of the next stage of this warp's team, counted from the phase's first one
   unsigned parity_ = 0;
-  long long waited_ = 0, last_wait_ = 0;
+  unsigned waited_ = 0, of_phase_ = 0;  // of a layer: 32 bits last
 };
 
 }  // namespace clusterfusion
