@@ -49,7 +49,7 @@ class StepDecoder:
     that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
 
     Device memory beside weights and cache: `plan.scratch_bytes`, the residual vector twice in pairs of value and epoch, the
-    rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 12.
+    rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 20.
     """
 
     @torch.inference_mode(False)  # its buffers are written in place later, in whatever mode the caller is in then
