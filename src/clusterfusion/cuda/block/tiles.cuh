@@ -133,8 +133,7 @@ class TileWarps : public CtaState<S> {
       };
       if constexpr (S::kGated) {  // a row and its gate may be other warps': the vector warps finish them
         float* sums = s_.up_sums + 2 * done;
-        constexpr bool kByTwo = false;  // registers do not suffice beside what this loop keeps
-        gemv_rows<HiddenTiles, kByTwo>(2 * rows, x, ready_once, [&](int row, float value) { sums[row] = value; });
+        gemv_rows<HiddenTiles>(2 * rows, x, ready_once, [&](int row, float value) { sums[row] = value; });
         this->signal(kExpanded + group);
       } else {
         const float* biases = s_.biases + kUpBias + done;
@@ -215,10 +214,10 @@ class TileWarps : public CtaState<S> {
   }
 
   // Rows that one lane can finish at once: calls out(row, value).
-  template <typename Tiles, bool kByTwo = true, typename V, typename Ready, typename Out>
+  template <typename Tiles, typename V, typename Ready, typename Out>
   __device__ void gemv_rows(int rows, const V& x, Ready ready, Out out) {
     static_assert(Tiles::kParts == 1, "hidden rows fit a stage");
-    gemv<W, Tiles, 1, kByTwo>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
+    gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
   }
 
   template <typename Tiles, int kParts = Tiles::kParts, typename V, typename Ready>

@@ -109,10 +109,6 @@ __device__ __forceinline__ float warp_sums(float (&values)[kRows], int lane) {
   return values[0];
 }
 
-struct TwoSums {
-  LaneSum of[2];
-};
-
 struct Nothing {
   __device__ __forceinline__ void operator()() const {}
 };
@@ -125,12 +121,11 @@ constexpr int kMostHeld = 0;
 #else
 constexpr int kMostHeld = 20;
 #endif
-constexpr int kMostByTwo = 16;
 
 // This CTA's `rows` rows, in tiles, or kPartsHere parts of each of them and of x as well; calls out(row, part, value) on one lane
 // for each row and part, both from 0. Every warp calls ready() once, and behind it reads x. flush() comes before a lane is called
 // a second time, and at the end: until then out may keep what it got in a register.
-template <typename W, typename Tiles, int kPartsHere = Tiles::kParts, bool kMayByTwo = true, typename Consumer, typename X, typename Ready, typename Out,
+template <typename W, typename Tiles, int kPartsHere = Tiles::kParts, typename Consumer, typename X, typename Ready, typename Out,
           typename Flush = Nothing>
 __device__ __forceinline__ void gemv(
     Consumer& consumer, int rows, const X& x, int lane, Ready ready, Out out, Flush flush = Flush()) {
@@ -142,10 +137,7 @@ __device__ __forceinline__ void gemv(
   constexpr bool kWhole = kEven && kRowVectors % kWarpSize == 0;
   constexpr int kTogether = Tiles::kRows >= 4 ? 4 : Tiles::kRows >= 2 ? 2 : 1;  // rows that share each read of x
   constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
-  // Rows that fill a tile, two at a time, for the reads of x: the second one from its stage. Of longer ones registers do not last.
-  constexpr bool kByTwo =
-      kMayByTwo && kHolds && Tiles::kRows == 1 && kPartsHere == 1 && Consumer::kTiles == 1 && kSteps <= kMostByTwo;
-  constexpr int kGroup = kWarpSize / (kByTwo ? 2 : kTogether);                  // lanes that have a row's sum
+  constexpr int kGroup = kWarpSize / kTogether;                                 // lanes that have a row's sum
   struct Held {
     uint4 of[kHolds ? kTogether : 1][kHolds ? kSteps : 1];
   };
@@ -230,36 +222,7 @@ __device__ __forceinline__ void gemv(
       multiply(tile, 0, nullptr, held, none);
     }
   };
-  if constexpr (kByTwo) {
-    const auto both = [&](const Held& held, const char* data) {
-      make_ready();
-      StageReads reads;
-      TwoSums sums;
-#pragma unroll kUnrolled
-      for (int step = 0; step < kSteps; step++) {
-        const int v = step * kWarpSize + lane;
-        Eight other = {};
-        if (kWhole || v < kRowVectors) other = x.get(v);
-        float a[kVector], b[kVector];
-        other.unpack(b);
-        unpack8<W>(held.of[0][step], a);
-        sums.of[0].add(a, b);
-        unpack8<W>(load(reads, data, 0, v, kRowVectors), a);
-        sums.of[1].add(a, b);
-      }
-      reads.wait();
-      return sums;
-    };
-    const auto use_both = [&](int tile, int second, const TwoSums& sums) {
-      float totals[2] = {sums.of[0].total(), sums.of[1].total()};
-      const float total = warp_sums(totals, lane);
-      if (lane % kGroup == turn) out(lane < kGroup ? tile : second, 0, total);
-      next_turn();
-    };
-    consumer.template tiles_by_two<Tiles::kBytes, Held>(Tiles::tiles(rows, kPartsHere), take, use, both, use_both);
-  } else {
-    consumer.template tiles<Tiles::kBytes, Held>(Tiles::tiles(rows, kPartsHere), take, use);
-  }
+  consumer.template tiles<Tiles::kBytes, Held>(Tiles::tiles(rows, kPartsHere), take, use);
   make_ready();
   flush();
 }

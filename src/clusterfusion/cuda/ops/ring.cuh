@@ -105,7 +105,6 @@ class StageReads {
 template <typename Ring, bool kTimed = false>
 class RingConsumer {
  public:
-  static constexpr int kTiles = Ring::kTiles;  // of a stage
   __device__ RingConsumer(const char* stages, typename Ring::Barriers& barriers, int warp)
       : stages_(stages), barriers_(barriers), tile_(warp % Ring::kTiles), stage_(warp / Ring::kTiles),
         ahead_(warp / Ring::kTiles) {}
@@ -127,29 +126,6 @@ class RingConsumer {
       if (mine) use(tile, held);
     }
     ahead_ -= stages;
-  }
-
-  // The same, two tiles at a time as long as there are two: of the second, both(held, data) makes what use_both(tile, second tile, sums)
-  // is given once that stage is handed back as well. It waits for its StageReads. A tile a stage.
-  template <int kTileBytes, typename Held, typename Take, typename Use, typename Both, typename UseBoth>
-  __device__ __forceinline__ void tiles_by_two(int count, Take take, Use use, Both both, UseBoth use_both) {
-    static_assert(Ring::kTiles == 1 && kTileBytes <= Ring::kStageBytes, "a tile is a stage");
-    if constexpr (kTimed) of_phase_ = 0;
-    for (; ahead_ < count; ahead_ += Ring::kTeams) {
-      wait();
-      const Held held = take(ahead_, stages_ + stage_ * Ring::kStageBytes);
-      hand_back();
-      if (ahead_ + Ring::kTeams >= count) {
-        use(ahead_, held);
-        continue;
-      }
-      ahead_ += Ring::kTeams;
-      wait();
-      const auto sums = both(held, stages_ + stage_ * Ring::kStageBytes);
-      hand_back();
-      use_both(ahead_ - Ring::kTeams, ahead_, sums);
-    }
-    ahead_ -= count;
   }
 
   // The same where nothing is left to do once a stage is handed back.
