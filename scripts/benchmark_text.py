@@ -35,7 +35,7 @@ enough, the whole step with LM head and argmax captured or compiled, the token f
 run the model's forward from the residual stream, over such a cache: layers, attention mask, rotary tables and final norm.
 
 **Ours.** `split`: regular launches. `fused`: one cooperative launch with thread-block clusters a layer. `graph`: the fused layers
-in one CUDA graph. `model`: the whole step in one launch. (`split graph`, in the tables of layers: the launches of `split` in a
+in one CUDA graph. `model`: whole steps, one or several a launch. (`split graph`, in the tables of layers: the launches of `split` in a
 CUDA graph.) All give the same bits, and a run whose tokens or bits differ is marked so.
 """
 

@@ -153,14 +153,13 @@ def llama_layer(
         return tensor.unflatten(0, (count, -1))
 
     matrices = {"q": (q_weight, heads), "k": (k_weight, kv_heads), "v": (v_weight, kv_heads)}
-    for name, (tensor, _) in matrices.items():
-        require_dense(f"{name}_weight", tensor)
-    others = {
-        "o_weight": o_weight, "gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight,
-        "input_norm_weight": input_norm_weight, "post_norm_weight": post_norm_weight,
+    given = {
+        "q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "o_weight": o_weight, "gate_weight": gate_weight,
+        "up_weight": up_weight, "down_weight": down_weight, "input_norm_weight": input_norm_weight,
+        "post_norm_weight": post_norm_weight,
     }  # fmt: skip
     biases = {"o_bias": o_bias, "gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-    for name, tensor in (others | {name: bias for name, bias in biases.items() if bias is not None}).items():
+    for name, tensor in (given | {name: bias for name, bias in biases.items() if bias is not None}).items():
         require_dense(name, tensor)
     q, k, v = (cut(f"{name}_weight", tensor, count, 2) for name, (tensor, count) in matrices.items())
     assert q is not None and k is not None and v is not None

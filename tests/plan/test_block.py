@@ -49,8 +49,9 @@ def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
     assert plan.scratch_bytes < 0.02 * config.num_layers * config.layer_parameters * planning.ELEMENT_BYTES
 
 
-# Vector and tile warps, stages, tiles a stage, bytes and cached tokens of a tile, stages in flight: what was measured.
-MEASURED = {
+# Vector and tile warps, stages, tiles a stage, bytes and cached tokens # Vector and tile warps, stages, tiles a stage, bytes and cached tokens of a tile, stages in flight. All but 1.4B's cached tokens
+# are in lab/results (two_rows_a_tile.txt, by_two.txt): who changes them measures again.
+ON_RECORD = {
     "pythia-1.4b": (6, 8, 24, 1, 8192, 16, 5),
     "pythia-2.8b": (6, 9, 18, 1, 10240, 30, 5),
     "pythia-6.9b": (8, 7, 21, 1, 8192, 16, 8),
@@ -59,11 +60,11 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_the_ring_is_the_one_that_was_measured(name: str) -> None:
+@pytest.mark.parametrize("name", ON_RECORD)
+def test_the_ring_is_the_one_on_record(name: str) -> None:
     p = plan_block(named_shape(name), H200)
     chosen = (p.vector_warps, p.warps, p.stages, p.stage_tiles, p.tile_bytes, p.tile_tokens, p.window_stages)
-    assert chosen == MEASURED[name]
+    assert chosen == ON_RECORD[name]
 
 
 # -- the deal of rows --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from clusterfusion.ops.layer_launch import (
 from clusterfusion.plan import BlockPlan
 from clusterfusion.weights import DecoderWeights
 
-MOST_STEPS = 8  # of a launch: between steps the stream of weights goes on, between launches it stops for some 10 us
+MOST_STEPS = 8  # of a launch: between its steps the stream of weights goes on
 LAUNCHES = 2  # under way at once: the next one waits on the GPU while this one runs
 
 

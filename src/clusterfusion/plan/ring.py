@@ -85,8 +85,9 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     """The ring of a CTA that attends bundles of so many `queries`."""
     scarce = is_scarce(limits)
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    registers_last = ROWS_A_TILE * row_bytes <= MOST_TILE_BYTES and (queries == 1 or config.head_dim <= 128)
-    rows = ROWS_A_TILE if registers_last and not scarce else 1
+    # Beside several queries of wide heads, registers do not suffice.
+    fits_registers = ROWS_A_TILE * row_bytes <= MOST_TILE_BYTES and (queries == 1 or config.head_dim <= 128)
+    rows = ROWS_A_TILE if fits_registers and not scarce else 1
     pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))  # cached tokens fit a tile too
     tile_bytes = round_up(max(rows * row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
     tile_tokens = cache_tile_tokens(config, tile_bytes)

@@ -60,8 +60,8 @@ def record_step(
     steps: int = 1,
     plan: BlockPlan | None = None,
 ) -> Timeline:
-    """The timeline of the last of `steps` steps in a row, of which the first takes `token` at `position`. Its launch follows
-    closely on the one before it, as in decoding.
+    """The timeline of the last of `steps` steps in a row, of which the first takes `token` at `position`. It follows
+    closely on the one before it, in the same launch or the next, as in decoding.
 
     Raises DeviceError for a step that failed, ClusterFusionError for a record that no step can have written.
     """

@@ -78,7 +78,7 @@ class Attention : public CtaState<S> {
   __device__ void load_attention(const SplitVector& to, int layer) {
     constexpr int kQuads = S::kQSize / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
     // So many loads fit the registers, and cost one trip together: of all quads of a thread, or a few, as many partials each as
-    // there are, or a few; of those, all that hold anything.
+    // there are, or a few; of those, all that hold anything. Fewer where few warps have more quads each.
     constexpr int kLoads = S::kVectorWarps < 6 ? 8 : 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
     constexpr int kLoaded = smaller(S::kPartials, larger(kLoads / kTogether, 1));
     const int used = this->used_partials();  // others may hold what an earlier launch left

@@ -98,7 +98,7 @@ class TileWarps : public CtaState<S> {
   __device__ void tiles_sync() { named_barrier_sync<2, S::kTileThreads>(); }
 
  private:
-  // What tiles are multiplied by is there. A warp has waited for its first ones by then, which is a part of the other wait.
+  // What tiles are multiplied by is there. A warp has waited for its first one by then, which is a part of the other wait.
   __device__ void begin(TraceEvent event) {
     trace_.mark(event);
     ring_.forget_waits();

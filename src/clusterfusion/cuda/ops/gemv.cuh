@@ -136,8 +136,8 @@ __device__ __forceinline__ void gemv(
   static_assert(kPartsHere == Tiles::kParts || kEven, "parts are alike, whichever they are");
   constexpr bool kWhole = kEven && kRowVectors % kWarpSize == 0;
   constexpr int kTogether = Tiles::kRows >= 4 ? 4 : Tiles::kRows >= 2 ? 2 : 1;  // rows that share each read of x
-  constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
   constexpr int kGroup = kWarpSize / kTogether;                                 // lanes that have a row's sum
+  constexpr bool kHolds = Tiles::kRows <= kTogether && kSteps * kTogether <= kMostHeld;
   struct Held {
     uint4 of[kHolds ? kTogether : 1][kHolds ? kSteps : 1];
   };
@@ -195,34 +195,35 @@ __device__ __forceinline__ void gemv(
     if (lane % kGroup == turn && of_tile < Tiles::kRows && row < rows) out(row, part, total);
     next_turn();
   };
-  const auto take = [&](int tile, const char* data) {
-    Held held = {};
-    StageReads reads;
-    if constexpr (kHolds) {
+  consumer.template tiles<Tiles::kBytes, Held>(
+      Tiles::tiles(rows, kPartsHere),
+      [&](int tile, const char* data) {
+        Held held = {};
+        StageReads reads;
+        if constexpr (kHolds) {
 #pragma unroll
-      for (int r = 0; r < Tiles::kRows; r++) {
+          for (int r = 0; r < Tiles::kRows; r++) {
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) held.of[r][step] = load(reads, data, r, step * kWarpSize + lane, vectors_of(tile));
-      }
-    } else {
-      make_ready();
+            for (int step = 0; step < kSteps; step++) held.of[r][step] = load(reads, data, r, step * kWarpSize + lane, vectors_of(tile));
+          }
+        } else {
+          make_ready();
 #pragma unroll 1
-      for (int base = 0; base < Tiles::kRows; base += kTogether) {
-        if (tile / kPartsHere * Tiles::kRows + base >= rows) break;
-        multiply(tile, base, data, held, reads);
-      }
-    }
-    reads.wait();
-    return held;
-  };
-  const auto use = [&](int tile, const Held& held) {
-    if constexpr (kHolds) {
-      make_ready();
-      StageReads none;
-      multiply(tile, 0, nullptr, held, none);
-    }
-  };
-  consumer.template tiles<Tiles::kBytes, Held>(Tiles::tiles(rows, kPartsHere), take, use);
+          for (int base = 0; base < Tiles::kRows; base += kTogether) {
+            if (tile / kPartsHere * Tiles::kRows + base >= rows) break;
+            multiply(tile, base, data, held, reads);
+          }
+        }
+        reads.wait();
+        return held;
+      },
+      [&](int tile, const Held& held) {
+        if constexpr (kHolds) {
+          make_ready();
+          StageReads none;
+          multiply(tile, 0, nullptr, held, none);
+        }
+      });
   make_ready();
   flush();
 }

@@ -117,13 +117,20 @@ class RingConsumer {
     const int stages = (count + Ring::kTiles - 1) / Ring::kTiles;
     if constexpr (kTimed) of_phase_ = 0;
     for (; ahead_ < stages; ahead_ += Ring::kTeams) {
-      wait();
+      const unsigned start = kTimed ? clock() : 0;
+      mbarrier_wait_local(&barriers_.full[stage_], parity_);
+      if constexpr (kTimed) {
+        const unsigned waited = clock() - start;
+        waited_ += waited, of_phase_ += waited;
+      }
       const int tile = ahead_ * Ring::kTiles + tile_;
       const bool mine = Ring::kTiles == 1 || tile < count;
       Held held = {};  // of this turn alone: otherwise it would be kept from one to the next
       if (mine) held = take(tile, stages_ + stage_ * Ring::kStageBytes + tile_ * kTileBytes);
-      hand_back();
+      mbarrier_arrive_local(&barriers_.empty[stage_]);
       if (mine) use(tile, held);
+      stage_ += Ring::kTeams;
+      if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
     }
     ahead_ -= stages;
   }
@@ -153,21 +160,6 @@ class RingConsumer {
   }
 
  private:
-  __device__ __forceinline__ void wait() {
-    const unsigned start = kTimed ? clock() : 0;
-    mbarrier_wait_local(&barriers_.full[stage_], parity_);
-    if constexpr (kTimed) {
-      const unsigned waited = clock() - start;
-      waited_ += waited, of_phase_ += waited;
-    }
-  }
-  // And on to the team's next stage.
-  __device__ __forceinline__ void hand_back() {
-    mbarrier_arrive_local(&barriers_.empty[stage_]);
-    stage_ += Ring::kTeams;
-    if (stage_ >= Ring::kStages) stage_ -= Ring::kStages, parity_ ^= 1;
-  }
-
   const char* stages_;
   typename Ring::Barriers& barriers_;
   int tile_, stage_;
