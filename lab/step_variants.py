@@ -38,7 +38,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     tile, tokens = knobs.get("tile", plan.tile_bytes), knobs.get("tokens", plan.tile_tokens)
     stage = tile * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
-    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps, tokens)
+    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps)
     stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     teams = warps // tiles

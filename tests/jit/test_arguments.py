@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.jit import decode_step, decoder_block, lm_head, read_ceiling, residual_norms, rotary_to_cache
 from clusterfusion.jit.sources import CUDA_ROOT
 from clusterfusion.seed_api.graph_context import VECTORS
@@ -24,6 +25,14 @@ def test_sizes_are_those_that_the_kernels_assert() -> None:
     for name, struct in structs.items():
         assert ctypes.sizeof(struct) == int(asserted[name]), name
     assert int(asserted["Candidate"]) == 4 * decode_step.CANDIDATE_WORDS
+
+
+def test_more_layers_than_a_launch_takes_the_addresses_of_are_refused() -> None:
+    decode_step.require_arguments_fit(223)
+    with pytest.raises(
+        UnsupportedModelError, match="num_layers is 224; a launch of whole steps takes the addresses of 223"
+    ):
+        decode_step.require_arguments_fit(224)
 
 
 def test_fields_are_those_of_the_kernels_struct() -> None:

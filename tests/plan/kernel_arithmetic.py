@@ -181,32 +181,33 @@ class AttentionWarp:
 
 
 class GroupedAttentionWarp:
-    """The same of several query heads [queries, head_dim] over the same keys and values: all are merged as single ones are."""
+    """The same of several query heads [queries, head_dim] over the same keys and values, a block of tokens at a time
+    (ops/grouped_attention.cuh): all are merged as single ones are. A tensor core's sums, whose order is its own, are one product here."""
+
+    BLOCK = 16  # tokens
+    GROUPS = 8  # of lanes: token t of a block belongs to group t % GROUPS
 
     def __init__(self, queries: Array) -> None:
         count, size = queries.shape
-        self.queries = queries.reshape(count, size // VECTOR, VECTOR)
-        self.head_lanes = WARP // max(2, 1 << (count - 1).bit_length())
+        self.queries = queries
         self.maximum = np.full(count, -math.inf, queries.dtype)
-        self.sums = np.zeros((count, self.head_lanes), queries.dtype)
+        self.sums = np.zeros((count, self.GROUPS), queries.dtype)
         self.values = np.zeros((count, size), queries.dtype)
 
     def add_tile(self, keys: Array, values: Array) -> None:
-        split = keys.reshape(len(keys), -1, VECTOR)
-        for q, query in enumerate(self.queries):
-            dots = np.zeros(split.shape[:2], keys.dtype)
-            for i in range(VECTOR):
-                dots = fma(np.broadcast_to(query[:, i], split.shape[:2]), split[:, :, i], dots)
-            scores = group_sum(dots)
-            maximum = np.maximum(self.maximum[q], scores.max())
-            keep = exp2(self.maximum[q] - maximum)
-            self.maximum[q] = maximum
-            self.sums[q] *= keep
-            self.values[q] *= keep
-            weights = exp2(scores - maximum)
-            for token, weight in enumerate(weights):
-                self.sums[q, token % self.head_lanes] += weight
-                self.values[q] = fma(np.broadcast_to(weight, values.shape[1:]), values[token], self.values[q])
+        for first in range(0, len(keys), self.BLOCK):
+            self._add_block(keys[first : first + self.BLOCK], values[first : first + self.BLOCK])
+
+    def _add_block(self, keys: Array, values: Array) -> None:
+        scores = self.queries @ keys.T
+        maximum = np.maximum(self.maximum, scores.max(axis=1))
+        keep = exp2(self.maximum - maximum)
+        self.maximum = maximum
+        weights = exp2(scores - maximum[:, None])
+        self.sums *= keep[:, None]
+        for token in range(len(keys)):
+            self.sums[:, token % self.GROUPS] += weights[:, token]
+        self.values = self.values * keep[:, None] + weights @ values
 
     def partials(self) -> Array:
         """[queries, head_dim + 2]."""

@@ -4,6 +4,7 @@ that says so can tell when they do not."""
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -277,7 +278,18 @@ def test_any_shape_has_a_sound_plan_or_a_reason(
         assert plan.up_first <= config.parallel_residual
         check_plan(in_order(plan, order))
         check_deal(plan)
-    assert not reason or "need as many CTAs" in reason or "bytes of shared memory" in reason
+    if "bytes of shared memory" in reason:
+        needed, there = map(int, re.findall(r"needs (\d+) bytes .* has (\d+)", reason)[0])
+        assert needed > there
+    else:
+        assert not reason or "need as many CTAs" in reason
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "shared_bytes"), [(16384, 24576, 232448), (2560, 61440, 167936)])
+def test_few_warps_with_a_ring_are_better_than_many_without(hidden: int, intermediate: int, shared_bytes: int) -> None:
+    """What waiting warps hold is no ring: the most of it all, with no room left for a stage, is no plan."""
+    config = dataclasses.replace(small_config(hidden // 128, 16, intermediate // 8, True), vocab_size=512)
+    assert plan_block(config, dataclasses.replace(H200, shared_bytes_per_block=shared_bytes)).stages == 2
 
 
 @pytest.mark.parametrize(

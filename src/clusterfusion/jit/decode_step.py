@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.jit.compiler import KernelSource
 from clusterfusion.jit.decoder_block import ElementType, KvCache, LayerTensors, Workspace, block_shape, launch_shape
 from clusterfusion.jit.launch import load_kernel
@@ -18,6 +19,7 @@ NO_TOKEN = -1  # in place of a token: the one that the last step chose; as a cho
 STATE_WORDS = 4  # 32-bit words of the kernel's StepState
 CANDIDATE_WORDS = 4  # 32-bit words of a Candidate, one a CTA
 NO_FAULT = -1
+MOST_ARGUMENT_BYTES = 32764  # of a launch, since CUDA 12.1
 _POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
 
 
@@ -59,9 +61,22 @@ def instance(plan: BlockPlan, weight_type: ElementType, *, trace: bool = False, 
 
 
 def require_room(plan: BlockPlan, weight_type: ElementType, device_index: int) -> None:
-    """Raise DeviceError unless the device holds all CTAs of the step together. Compiles the kernel, for the steps to come."""
+    """Raise DeviceError unless the device holds all CTAs of the step together, UnsupportedModelError if one launch cannot take the
+    addresses of so many layers. Compiles the kernel, for the steps to come."""
+    require_arguments_fit(plan.config.num_layers)
     kernel = load_kernel(step_source(plan, weight_type), instance(plan, weight_type), device_index)
     kernel.require_room(launch_shape(plan, cooperative=True))
+
+
+def require_arguments_fit(layers: int) -> None:
+    """Raise UnsupportedModelError if the arguments of a step of so many layers are more than a launch may have."""
+
+    def fit(count: int) -> bool:
+        return ctypes.sizeof(step_arguments_type(count)) <= MOST_ARGUMENT_BYTES
+
+    if not fit(layers):
+        most = next(count for count in range(MOST_ARGUMENT_BYTES // ctypes.sizeof(LayerTensors), 0, -1) if fit(count))
+        raise UnsupportedModelError(f"num_layers is {layers}; a launch of whole steps takes the addresses of {most}")
 
 
 def prepare_step(

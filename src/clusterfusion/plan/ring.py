@@ -100,7 +100,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     stage_room = stage_bytes + BARRIER_BYTES
 
     def fixed(warps: int) -> int:
-        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps, tile_tokens)
+        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps)
 
     def stages_with(warps: int) -> int:
         room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
@@ -108,8 +108,9 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         return min(max(room, 0), MAX_STAGES) // teams * teams
 
     def cover(warps: int) -> int:
-        held = 0 if scarce else warps * tile_bytes
-        return stages_with(warps) * stage_bytes + held
+        stages = stages_with(warps)
+        held = warps * tile_bytes if stages and not scarce else 0
+        return stages * stage_bytes + held
 
     def quads(vectors: int) -> int:  # of x, a thread
         return -(-config.hidden_size // (4 * 32 * vectors))

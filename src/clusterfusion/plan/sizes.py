@@ -13,8 +13,8 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle's query heads. Beside a few registers a head, a lane of the attention keeps two dimensions in 64 of each: with so many
-# steps in all, none is spilled.
+# Of a bundle's query heads. A warp's sums of their values are 16 registers a lane for four heads and 64 dimensions. With more than
+# 32 some registers may be spilled; up to so many heads that costs less than reading the cached tokens several times.
 MOST_QUERIES = 8
 MOST_QUERY_STEPS = 20
 
@@ -63,7 +63,6 @@ def fixed_shared_bytes(
     queries: int,
     tile_bytes: int,
     warps: int,
-    tile_tokens: int,
 ) -> int:
     """Shared memory beside the ring, in the order of the program's struct, with room for its padding. The
     program asserts at compile time that its struct fits."""
@@ -74,12 +73,10 @@ def fixed_shared_bytes(
     partial = queries * 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
     o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
-    scores = 0 if queries == 1 else 4 * tile_tokens * (2 if queries == 2 else round_up(queries, 4))
     slots = (warps + 1) * partial
     if not c.parallel_residual and slots <= hidden:  # they lie where h will be
         slots = 16
     attention = (queries + 2) * 4 * c.head_dim + slots + CLUSTER_SIZE * partial
-    attention += warps * round_up(scores, 16)
     up_rows = -(-c.intermediate_size // ctas) + 3 + -(-(c.q_size + c.intermediate_size) // c.hidden_size)
     bias_rows = -(-qkv_rows(c) // ctas) + 1 + up_rows + 2 * out_rows
     if c.gated_mlp:

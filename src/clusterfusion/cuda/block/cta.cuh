@@ -63,7 +63,6 @@ struct CtaTypes {
   struct Shared {
     alignas(128) char stages[S::kStages * S::kStageBytes];
     alignas(16) char vectors[kVectorsBytes];
-    alignas(16) typename Warp::Scores scores[S::kWarps];
     alignas(16) float query[S::kQueries * S::kHeadDim];
     float key[S::kHeadDim], value[S::kHeadDim];
     float own_slots[kSlotsInHidden ? 1 : kSlotFloats];

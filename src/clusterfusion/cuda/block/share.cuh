@@ -3,8 +3,8 @@
 
 #include <cuda/std/cstdint>
 
-#include "ops/attention.cuh"
 #include "ops/gemv.cuh"
+#include "ops/grouped_attention.cuh"
 #include "ops/norm.cuh"
 #include "ops/ring.cuh"
 #include "primitives/vector.cuh"

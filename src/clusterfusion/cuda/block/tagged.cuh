@@ -2,7 +2,7 @@
 // behind them, and no second trip for who finds it met; readers poll. Worth it for few values and short waits: what many CTAs
 // poll for long, attention's output and h, held up the stream by more than a counter's trips (lab/decode_step.md).
 //
-// A pair is a 32-bit float and a 32-bit epoch, one aligned word, written and read at once. An epoch names one layer of one launch
+// A pair is a 32-bit float and a 32-bit epoch, one aligned word, written and read at once. An epoch names one layer of one step
 // over a buffer, so no word that is there can carry one that is still to come: every word is written again in every layer.
 #pragma once
 

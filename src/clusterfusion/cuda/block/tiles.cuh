@@ -187,7 +187,7 @@ class TileWarps : public CtaState<S> {
     if (this->works()) this->await_of_attended(kQueriesReady);
     trace_.mark(TraceEvent::cached_begin);
     if (this->works()) {
-      typename Base::Warp mine(lane_, s_.query, s_.scores[this->warp_]);
+      typename Base::Warp mine(lane_, s_.query);
       int slot = -1;
       ring_.template tiles<S::kTileBytes>(this->cached_tiles(), [&](int tile, const char* data) {
         mine.add_tile(data, this->tile_tokens(tile));

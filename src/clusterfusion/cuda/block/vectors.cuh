@@ -49,7 +49,7 @@ class VectorWarps : public Attention<S> {
       const Workspace& workspace, int position, Shared& shared, Tracer& trace)
       : Base(workspace, position, shared), trace_(trace) {}
 
-  // One layer, or a segment of it. `layer` counts those of a launch, `epoch` names the
+  // One layer, or a segment of it. `layer` counts those of a step, `epoch` names the
   // layer's tagged values. kFaultCta, for tests: that CTA never arrives for its part of h.
   template <Segment kSegment, int kFaultCta = -1, typename Residual>
   __device__ void run(

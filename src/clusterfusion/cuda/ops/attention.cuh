@@ -1,5 +1,5 @@
-// Decode attention over cached tokens, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): of one query head, or of
-// several that share the keys and values (grouped-query attention, Ainslie et al. 2023), which then are read once for all of them.
+// Decode attention over cached tokens, by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), of one query head. Of several
+// that share keys and values: ops/grouped_attention.cuh.
 //
 // A tile holds kTokens keys and, behind them, their values, token after token. Tile t of a CTA's share goes to slot
 // t % (warps), one warp each; slots are merged in order, then the CTAs of the cluster in rank order, so the bits depend on
@@ -105,8 +105,7 @@ __device__ __forceinline__ float highest_of_groups(float value, int lane) {
 template <typename W, typename Tiles>
 class AttentionWarp {
  public:
-  struct Scores {};  // needs no memory of its own
-  __device__ AttentionWarp(int lane, const float* query, Scores&) : at_(lane), lane_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
+  __device__ AttentionWarp(int lane, const float* query) : at_(lane), lane_(lane), leader_(at_.active ? at_.token * Tiles::kLanes : lane) {
 #pragma unroll
     for (int k = 0; k < kVector; k++) q_[k] = at_.active ? query[at_.chunk * kVector + k] : 0.0f, values_[k] = 0.0f;
   }
@@ -175,170 +174,6 @@ class AttentionWarp {
   float q_[kVector], values_[kVector];
   float maximum_ = -kInfinity, sum_ = 0;
 };
-
-// The same for kQueries query heads over the same keys and values. Scores go through shared memory, where lanes change their part:
-// for scores, lanes share a token, as above; for the softmax, kHeadLanes lanes share a query head; for the values, lanes share out
-// the dimensions, two each, and take the tokens in order. So what a lane keeps from tile to tile is small for any number of heads.
-template <typename W, typename Tiles, int kQueries>
-class GroupedAttentionWarp {
-  static constexpr int kStride = kQueries <= 2 ? kQueries : (kQueries + 3) / 4 * 4;  // of a token's scores: whole accesses
-  static constexpr int kAccess = kStride < 4 ? kStride : 4;
-  static constexpr int kAtOnce = (kQueries + (kQueries + 3) / 4 - 1) / ((kQueries + 3) / 4);  // scores in registers
-  // Groups of tokens side by side: the sums of one wait for shuffles while the other's go on. Uneven ones take more registers.
-  static constexpr int kGroups = kPowerOfTwo<Tiles::kLanes> ? 2 : 1;
-  static constexpr int kHeadLanes = kQueries <= 2 ? 16 : kQueries <= 4 ? 8 : kQueries <= 8 ? 4 : kQueries <= 16 ? 2 : 1;
-  static constexpr int kPairs = Tiles::kHeadDim / 2, kSteps = (kPairs + kWarpSize - 1) / kWarpSize;
-  static_assert(kQueries > 1 && kQueries <= kWarpSize, "a lane for every head");
-
- public:
-  struct Scores {
-    alignas(16) float of[Tiles::kTokens * kStride];  // token after token
-  };
-
-  // `queries` [kQueries, kHeadDim] in shared memory.
-  __device__ GroupedAttentionWarp(int lane, const float* queries, Scores& scores)
-      : at_(lane), lane_(lane), head_(lane / kHeadLanes), queries_(queries), scores_(scores.of) {}
-
-  __device__ __forceinline__ void add_tile(const char* data, int tokens) {
-    StageReads reads;
-    score(reads, reinterpret_cast<const uint4*>(data), tokens);
-    __syncwarp();
-    const float keep = soften(tokens);
-    __syncwarp();
-#pragma unroll
-    for (int q = 0; q < kQueries; q++) {
-      const float mine = __shfl_sync(kAllLanes, keep, q * kHeadLanes);
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) values_[q][step].x *= mine, values_[q][step].y *= mine;
-    }
-    weigh(reads, reinterpret_cast<const unsigned*>(data + Tiles::kValuesAt), tokens);
-    reads.wait();
-    __syncwarp();  // all have read the scores
-  }
-
-  // Writes the slot's partials, `stride` floats apart.
-  __device__ __forceinline__ void store(float* partials, int stride) {
-    float sum = sum_;
-#pragma unroll
-    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
-    if (head_ < kQueries && lane_ % kHeadLanes == 0) {
-      partials[head_ * stride + Tiles::kHeadDim] = maximum_;
-      partials[head_ * stride + Tiles::kHeadDim + 1] = sum;
-    }
-#pragma unroll
-    for (int q = 0; q < kQueries; q++) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        const int pair = step * kWarpSize + lane_;
-        if (pair < kPairs) *reinterpret_cast<float2*>(partials + q * stride + 2 * pair) = values_[q][step];
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void score(StageReads& reads, const uint4* keys, int tokens) {
-#pragma unroll 1
-    for (int first = 0; first < tokens; first += kGroups * Tiles::kTogether) {
-      float k[kGroups][kVector];
-      const auto token_of = [&](int group) { return first + group * Tiles::kTogether + at_.token; };
-      const auto valid = [&](int group) { return at_.active && token_of(group) < tokens; };
-#pragma unroll
-      for (int group = 0; group < kGroups; group++) {
-        uint4 packed = {};
-        if (valid(group)) packed = keys[token_of(group) * Tiles::kLanes + at_.chunk];
-        reads.saw(packed.x);
-        unpack8<W>(packed, k[group]);
-      }
-#pragma unroll 1
-      for (int first_query = 0; first_query < kQueries; first_query += kAtOnce) {
-        float dots[kAtOnce][kGroups];
-#pragma unroll
-        for (int q = 0; q < kAtOnce; q++) {
-          const int of = min(first_query + q, kQueries - 1);
-          const float4* query = reinterpret_cast<const float4*>(queries_ + of * Tiles::kHeadDim) + (at_.active ? 2 * at_.chunk : 0);
-          const SplitVector::Eight eight{query[0], query[1]};
-          float of_query[kVector];
-          eight.unpack(of_query);
-#pragma unroll
-          for (int group = 0; group < kGroups; group++) {
-            dots[q][group] = 0;
-#pragma unroll
-            for (int i = 0; i < kVector; i++) dots[q][group] = fmaf(of_query[i], k[group][i], dots[q][group]);
-          }
-        }
-#pragma unroll
-        for (int q = 0; q < kAtOnce; q++) {
-#pragma unroll
-          for (int group = 0; group < kGroups; group++) {
-            dots[q][group] = group_sum_of_first<Tiles::kLanes>(dots[q][group], at_.chunk);
-          }
-        }
-#pragma unroll
-        for (int group = 0; group < kGroups; group++) {
-          if (!valid(group) || at_.chunk != 0) continue;
-#pragma unroll
-          for (int q = 0; q < kAtOnce; q++) scores_[token_of(group) * kStride + min(first_query + q, kQueries - 1)] = dots[q][group];
-        }
-      }
-    }
-  }
-
-  // Scores to weights, in place. Returns, on a head's lanes, what remains of its sums so far.
-  __device__ __forceinline__ float soften(int tokens) {
-    float highest = -kInfinity;
-    const bool mine = head_ < kQueries;
-    for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
-      if (mine) highest = fmaxf(highest, scores_[token * kStride + head_]);
-    }
-#pragma unroll
-    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-    const auto [base, keep] = raise_maximum(maximum_, highest);
-    sum_ = __fmul_rn(sum_, keep);  // not to become part of the addition behind it, in one kernel and not in another
-    for (int token = lane_ % kHeadLanes; token < tokens; token += kHeadLanes) {
-      if (!mine) continue;
-      const float p = exp2f(scores_[token * kStride + head_] - base);
-      scores_[token * kStride + head_] = p;
-      sum_ += p;
-    }
-    return keep;
-  }
-
-  __device__ __forceinline__ void weigh(StageReads& reads, const unsigned* values, int tokens) {
-#pragma unroll 4
-    for (int token = 0; token < tokens; token++) {
-      float2 v[kSteps];
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        const int pair = step * kWarpSize + lane_;
-        const unsigned word = pair < kPairs ? values[token * kPairs + pair] : 0;
-        reads.saw(word);
-        v[step] = unpack(word, W());
-      }
-#pragma unroll
-      for (int first = 0; first < kQueries; first += kAccess) {
-        const auto p = *reinterpret_cast<const Vector<float, kAccess>*>(scores_ + token * kStride + first);
-#pragma unroll
-        for (int q = first; q < first + kAccess && q < kQueries; q++) {
-#pragma unroll
-          for (int step = 0; step < kSteps; step++) {
-            values_[q][step].x = fmaf(p.element[q - first], v[step].x, values_[q][step].x);
-            values_[q][step].y = fmaf(p.element[q - first], v[step].y, values_[q][step].y);
-          }
-        }
-      }
-    }
-  }
-
-  AttentionLane<Tiles> at_;
-  int lane_, head_;  // whose softmax this lane works on
-  const float* queries_;
-  float* scores_;
-  float2 values_[kQueries][kSteps] = {};
-  float maximum_ = -kInfinity, sum_ = 0;  // of head_; this lane's tokens
-};
-
-template <typename W, typename Tiles, int kQueries>
-using AttentionWarpOf = cuda::std::conditional_t<kQueries == 1, AttentionWarp<W, Tiles>, GroupedAttentionWarp<W, Tiles, kQueries == 1 ? 2 : kQueries>>;
 
 // Partials in memory: kHeadDim values, maximum, sum; padded to whole 16-byte vectors.
 template <int kHeadDim>
