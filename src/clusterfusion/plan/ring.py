@@ -39,6 +39,10 @@ SCARCE_VECTOR_WARPS = 4
 GOOD_COVER = 0.95  # of the most there can be: of such choices, the one with the fewest quads a thread
 # Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
 MOST_WARPS = 16
+# A warp's sums of values are VALUE_REGISTERS a lane for four heads of a bundle and 64 dimensions. Beside more than so many, a thread
+# has 168.
+VALUE_REGISTERS, MOST_VALUE_REGISTERS = 16, 32
+MOST_WARPS_OF_WIDE = 12
 SCARCE_SHARED_BYTES = 128 * 1024
 
 # The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best. Messages between CTAs
@@ -85,8 +89,9 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     """The ring of a CTA that attends bundles of so many `queries`."""
     scarce = is_scarce(limits)
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    # Beside several queries of wide heads, registers do not suffice.
-    fits_registers = ROWS_A_TILE * row_bytes <= MOST_TILE_BYTES and (queries == 1 or config.head_dim <= 128)
+    sums = 0 if queries == 1 else VALUE_REGISTERS * -(-queries // 4) * -(-config.head_dim // 64)
+    wide = sums > MOST_VALUE_REGISTERS and not scarce
+    fits_registers = ROWS_A_TILE * row_bytes <= MOST_TILE_BYTES and not wide
     rows = ROWS_A_TILE if fits_registers and not scarce else 1
     pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))  # cached tokens fit a tile too
     tile_bytes = round_up(max(rows * row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
@@ -115,12 +120,13 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     def quads(vectors: int) -> int:  # of x, a thread
         return -(-config.hidden_size // (4 * 32 * vectors))
 
-    fewest = min(max(quads(QUADS_A_THREAD), FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
+    most_warps = MOST_WARPS_OF_WIDE if wide else MOST_WARPS
+    fewest = FEWEST_VECTOR_WARPS if wide else min(max(quads(QUADS_A_THREAD), FEWEST_VECTOR_WARPS), MOST_VECTOR_WARPS)
     choices = [
         (vectors, warps)
         for vectors in ([SCARCE_VECTOR_WARPS] if scarce else range(fewest, MOST_VECTOR_WARPS + 1))
         for warps in WARPS
-        if vectors + warps < MOST_WARPS and warps % stage_tiles == 0
+        if vectors + warps < most_warps and warps % stage_tiles == 0
     ]
     if not any(stages_with(warps) for _, warps in choices):
         choices = [(choices[0][0], warps) for warps in SCARCE_WARPS if warps % stage_tiles == 0]

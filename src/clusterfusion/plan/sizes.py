@@ -13,8 +13,8 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle's query heads. A warp's sums of their values are 16 registers a lane for four heads and 64 dimensions. With more than
-# 32 some registers may be spilled; up to so many heads that costs less than reading the cached tokens several times.
+# Of a bundle's query heads, and of them times one more than the 64 dimensions of which a lane has two: beyond, registers do not
+# suffice for the sums of their values.
 MOST_QUERIES = 8
 MOST_QUERY_STEPS = 20
 

@@ -92,13 +92,17 @@ class GroupedAttentionWarp {
     for (int mask = kWarpSize / 2; mask >= 4; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
     return value;
   }
-  // Eight elements of row `token` of a tile's keys or values, 0 where there are none.
-  static __device__ __forceinline__ void read(
-      StageReads& reads, const uint4* rows, int token, int tokens, int vector, float (&to)[kVector]) {
+  // Eight elements of row `token` of a tile's keys or values, 0 where there are none. They stay packed until they are multiplied: unpacked
+  // ones would take registers that the sums of wide heads need.
+  struct Packed {
+    unsigned word[kVector / 2];
+    __device__ __forceinline__ float2 pair(int i) const { return unpack(word[i], W()); }
+  };
+  static __device__ __forceinline__ Packed read(StageReads& reads, const uint4* rows, int token, int tokens, int vector) {
     uint4 packed = {};
     if (token < tokens && vector < kVectors) packed = rows[token * kVectors + vector];
     reads.saw(packed.x);
-    unpack8<W>(packed, to);
+    return {packed.x, packed.y, packed.z, packed.w};
   }
 
   __device__ __forceinline__ void load_queries(int chunk, Queries& queries) const {
@@ -124,15 +128,15 @@ class GroupedAttentionWarp {
     for (int chunk = 0; chunk < kChunks; chunk++) {
       Queries queries;
       load_queries(chunk, queries);  // anew for every block: kept, they would take as many registers as the values
-      float upper[kVector], lower[kVector];
-      read(reads, keys, first + group_, tokens, 4 * chunk + member_, upper);
-      read(reads, keys, first + group_ + 8, tokens, 4 * chunk + member_, lower);
+      const Packed upper = read(reads, keys, first + group_, tokens, 4 * chunk + member_);
+      const Packed lower = read(reads, keys, first + group_ + 8, tokens, 4 * chunk + member_);
 #pragma unroll
-      for (int i = 0; i < kVector; i += 2) {
+      for (int i = 0; i < kVector / 2; i++) {
+        const float2 a = upper.pair(i), b = lower.pair(i);
 #pragma unroll
         for (int column = 0; column < kColumns; column++) {
           const float(&q)[kVector] = queries.of[column];
-          mma_16x8x8(sums[column][i / 2 % kSums], upper[i], lower[i], upper[i + 1], lower[i + 1], q[i], q[i + 1]);
+          mma_16x8x8(sums[column][i % kSums], a.x, b.x, a.y, b.y, q[2 * i], q[2 * i + 1]);
         }
       }
     }
@@ -182,16 +186,15 @@ class GroupedAttentionWarp {
       }
 #pragma unroll
       for (int span = 0; span < kSpans; span++) {
-        float left[kVector], right[kVector];
         const int token = first + 8 * half + member_;
-        read(reads, values, token, tokens, 8 * span + group_, left);
-        read(reads, values, token + 4, tokens, 8 * span + group_, right);
+        const Packed left = read(reads, values, token, tokens, 8 * span + group_);
+        const Packed right = read(reads, values, token + 4, tokens, 8 * span + group_);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < kVector / 2; i++) {
+          const float2 a = left.pair(i), c = right.pair(i);
 #pragma unroll
           for (int column = 0; column < kColumns; column++) {
-            mma_16x8x8(values_[column][4 * span + i], left[2 * i], left[2 * i + 1], right[2 * i], right[2 * i + 1], b[column][0],
-                       b[column][1]);
+            mma_16x8x8(values_[column][4 * span + i], a.x, a.y, c.x, c.y, b[column][0], b[column][1]);
           }
         }
       }
