@@ -4,6 +4,7 @@ compute the model, with the same bits in every order."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,42 @@ def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
         assert plan.bundles * plan.splits >= 0.86 * plan.ctas, "a long cache is read by nearly all CTAs"
     assert plan.scratch_bytes < 0.02 * c.num_layers * c.layer_parameters * 2
     assert 1 <= balance(plan)["step"] <= {"H200": 1.04, "B200": 1.08, "RTX 5090": 1.1}[limits.name]
+
+
+@given(
+    st.sampled_from(sorted(DEVICES)),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 32),
+    st.integers(1, 640),
+    st.integers(1, 3600),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_shape_has_a_sound_plan_or_a_reason(
+    device: str, kv_heads: int, group: int, head_eighths: int, hidden_eighths: int, mlp_eighths: int
+) -> None:
+    shape = named_shape("llama-3.2-1b")
+    config = dataclasses.replace(
+        shape,
+        num_layers=1,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=8 * head_eighths,
+        rotary=dataclasses.replace(shape.rotary, nominal_dim=8 * head_eighths),
+        hidden_size=8 * hidden_eighths,
+        intermediate_size=8 * mlp_eighths,
+        vocab_size=99,
+    )
+    reason, plan = "", None
+    try:
+        plan = plan_block(config, dataclasses.replace(DEVICES[device], multiprocessors=24))  # which checks it
+    except UnsupportedModelError as error:
+        reason = str(error)
+    needed = re.search(r"needs (\d+) bytes of shared memory a block; .* has (\d+)", reason)
+    if plan is None:
+        assert "need as many CTAs" in reason or (needed and int(needed[1]) > int(needed[2])), reason
+    else:
+        assert plan.stages > 0
 
 
 @pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)

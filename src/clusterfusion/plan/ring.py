@@ -42,7 +42,7 @@ MOST_WARPS = 16
 # A warp's sums of values are VALUE_REGISTERS a lane for four heads of a bundle and 64 dimensions. Beside more than so many, a thread
 # has 168.
 VALUE_REGISTERS, MOST_VALUE_REGISTERS = 16, 32
-MOST_WARPS_OF_WIDE = 12
+MOST_WARPS_OF_WIDE, MOST_STAGE_TILES_OF_WIDE = 12, 2
 SCARCE_SHARED_BYTES = 128 * 1024
 
 # The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best. Messages between CTAs
@@ -97,7 +97,8 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     tile_bytes = round_up(max(rows * row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
     tile_tokens = cache_tile_tokens(config, tile_bytes)
     stage_tiles = 1
-    while stage_tiles < MOST_STAGE_TILES and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
+    most_stage_tiles = MOST_STAGE_TILES_OF_WIDE if wide else MOST_STAGE_TILES
+    while stage_tiles < most_stage_tiles and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
         stage_tiles *= 2
     if not even_parts(config, tile_bytes):
         stage_tiles = 1
