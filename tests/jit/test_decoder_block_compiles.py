@@ -22,6 +22,12 @@ WIDE_HEADS = dataclasses.replace(
 ONE_KV_HEAD = dataclasses.replace(
     named_shape("llama-3.2-3b"), num_heads=32, num_kv_heads=1, head_dim=96, rotary=RotaryConfig(nominal_dim=96)
 )
+FIVE_WIDE_HEADS = dataclasses.replace(
+    named_shape("tinyllama-1.1b"), num_heads=10, num_kv_heads=2, head_dim=192, rotary=RotaryConfig(nominal_dim=192)
+)
+SIX_HEADS = dataclasses.replace(
+    named_shape("tinyllama-1.1b"), num_heads=12, num_kv_heads=2, head_dim=128, rotary=RotaryConfig(nominal_dim=128)
+)
 NEIGHBOURS = dataclasses.replace(named_shape("llama-2-7b"), rotary=RotaryConfig(nominal_dim=128, neighbours=True))
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
@@ -47,6 +53,10 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("LLaMA, one K/V head of 96", ONE_KV_HEAD, H200, "sm_90a", "float16", "float32"),
     ("TinyLlama", named_shape("tinyllama-1.1b"), B200, "sm_100a", "float16", "float32"),
     ("LLaMA 8b", named_shape("llama-3.1-8b"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("LLaMA, five heads of 192", FIVE_WIDE_HEADS, H200, "sm_90a", "bfloat16", "float32"),
+    ("LLaMA, five heads of 192", FIVE_WIDE_HEADS, RTX_5090, "sm_120a", "float16", "float32"),
+    ("LLaMA, six heads of 128", SIX_HEADS, H200, "sm_90a", "float16", "float32"),
+    ("LLaMA, six heads of 128", SIX_HEADS, RTX_5090, "sm_120a", "bfloat16", "float32"),
     ("SmolLM", named_shape("smollm-135m"), RTX_5090, "sm_120a", "bfloat16", "float32"),
 ]
 

@@ -13,10 +13,11 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle's query heads, and of them times one more than the 64 dimensions of which a lane has two: beyond, registers do not
-# suffice for the sums of their values.
+# Of a bundle's query heads; of them times one more than its heads' spans of 64 dimensions; and of spans that a warp has sums of values
+# for, four heads in each: beyond, registers do not suffice (plan/ring.py).
 MOST_QUERIES = 8
 MOST_QUERY_STEPS = 20
+MOST_SPANS = 4
 
 
 def qkv_rows(config: DecoderConfig) -> int:
@@ -28,8 +29,9 @@ def bundle_sizes(config: DecoderConfig) -> list[int]:
     """How many query heads a bundle may have, the most first: of those that share a K/V head, all or an even part, as many as
     one CTA takes."""
     group = config.num_heads // config.num_kv_heads
-    most = min(group, MOST_QUERIES, max(1, MOST_QUERY_STEPS // (-(-config.head_dim // 64) + 1)))
-    return [count for count in range(most, 0, -1) if group % count == 0]
+    spans = -(-config.head_dim // 64)
+    most = min(group, MOST_QUERIES, max(1, MOST_QUERY_STEPS // (spans + 1)))
+    return [count for count in range(most, 0, -1) if group % count == 0 and -(-count // 4) * spans <= MOST_SPANS]
 
 
 def tokens_a_pass(config: DecoderConfig) -> int:

@@ -33,6 +33,7 @@ class GroupedAttentionWarp {
     const uint4* keys = reinterpret_cast<const uint4*>(data);
     const uint4* values = reinterpret_cast<const uint4*>(data + Tiles::kValuesAt);
     StageReads reads;
+    __syncwarp();  // a product takes the whole warp, whose lanes leave their waits one by one
 #pragma unroll 1
     for (int first = 0; first < tokens; first += kBlock) {
       float weights[kColumns][2];  // scores first: of tokens group_ and group_ + 8 of the block
