@@ -20,6 +20,7 @@ from clusterfusion.plan.sizes import (
     fixed_shared_bytes,
     round_up,
     tokens_a_pass,
+    value_spans,
 )
 
 # Two rows of hidden_size a tile, where the registers of a warp hold them: each read of x is for both, and there is more to hold.
@@ -39,9 +40,9 @@ SCARCE_VECTOR_WARPS = 4
 GOOD_COVER = 0.95  # of the most there can be: of such choices, the one with the fewest quads a thread
 # Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
 MOST_WARPS = 16
-# A warp's sums of values are VALUE_REGISTERS a lane for four heads of a bundle and 64 dimensions. Where they are more than so many, a
-# thread needs more than 128 registers, which so few warps leave it.
-VALUE_REGISTERS, MOST_VALUE_REGISTERS = 16, 32
+# Beside the sums of more value_spans a thread needs more than 128 registers, which so few warps leave it; of these 6 are for tiles, which
+# share stages of one or two.
+MOST_SPANS_AT_EASE = 2
 MOST_WARPS_OF_WIDE, MOST_STAGE_TILES_OF_WIDE = 12, 2
 SCARCE_SHARED_BYTES = 128 * 1024
 
@@ -89,8 +90,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     """The ring of a CTA that attends bundles of so many `queries`."""
     scarce = is_scarce(limits)
     row_bytes = config.hidden_size * ELEMENT_BYTES
-    sums = 0 if queries == 1 else VALUE_REGISTERS * -(-queries // 4) * -(-config.head_dim // 64)
-    wide = sums > MOST_VALUE_REGISTERS
+    wide = value_spans(config, queries) > MOST_SPANS_AT_EASE
     fits_registers = ROWS_A_TILE * row_bytes <= MOST_TILE_BYTES and not wide
     rows = ROWS_A_TILE if fits_registers and not scarce else 1
     pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))  # cached tokens fit a tile too

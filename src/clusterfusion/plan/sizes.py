@@ -13,11 +13,9 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle's query heads; of them times one more than its heads' spans of 64 dimensions; and of spans that a warp has sums of values
-# for, four heads in each: beyond, registers do not suffice (plan/ring.py).
-MOST_QUERIES = 8
-MOST_QUERY_STEPS = 20
-MOST_SPANS = 4
+# Of a bundle's query heads, of up to 64 dimensions, or of more; and of its value_spans: beyond, registers do not suffice.
+MOST_QUERIES, MOST_WIDE_QUERIES = 8, 6
+MOST_VALUE_SPANS = 4
 
 
 def qkv_rows(config: DecoderConfig) -> int:
@@ -29,13 +27,17 @@ def bundle_sizes(config: DecoderConfig) -> list[int]:
     """How many query heads a bundle may have, the most first: of those that share a K/V head, all or an even part, as many as
     one CTA takes."""
     group = config.num_heads // config.num_kv_heads
-    spans = -(-config.head_dim // 64)
-    most = min(group, MOST_QUERIES, max(1, MOST_QUERY_STEPS // (spans + 1)))
-    return [count for count in range(most, 0, -1) if group % count == 0 and -(-count // 4) * spans <= MOST_SPANS]
+    most = min(group, MOST_QUERIES if config.head_dim <= 64 else MOST_WIDE_QUERIES)
+    return [n for n in range(most, 0, -1) if group % n == 0 and value_spans(config, n) <= MOST_VALUE_SPANS]
+
+
+def value_spans(config: DecoderConfig, queries: int) -> int:
+    """Of four heads and 64 dimensions each, for which a warp that attends a bundle of several heads has sums of values: 16 registers a lane."""
+    return 0 if queries == 1 else -(-queries // 4) * -(-config.head_dim // 64)
 
 
 def tokens_a_pass(config: DecoderConfig) -> int:
-    """Cached tokens that a warp takes at once."""
+    """Cached tokens that a warp takes at once with one query head. A tile is of whole passes, whoever takes it."""
     return 32 // (config.head_dim // VECTOR)
 
 

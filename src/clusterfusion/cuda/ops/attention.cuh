@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cuda/std/limits>
-#include <cuda/std/type_traits>
 
 #include "ops/gemv.cuh"
 #include "ops/ring.cuh"
@@ -60,10 +59,10 @@ struct AttentionLane {
 template <int kCount>
 constexpr bool kPowerOfTwo = (kCount & (kCount - 1)) == 0;
 
-// Sum over the kLanes lanes of a group, left on its first one. A fixed order: halving strides from the next power of two; of as many
-// lanes, all get it, since a butterfly's pairs are the same.
+// Sum over the kLanes lanes of a group, left on all of them. A fixed order: halving strides from the next power of two; of as many
+// lanes, all get it at once, since a butterfly's pairs are the same.
 template <int kLanes>
-__device__ __forceinline__ float group_sum_of_first(float value, int chunk) {
+__device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
 #pragma unroll
   for (int stride = 16; stride > 0; stride /= 2) {
     if (stride < kLanes && kPowerOfTwo<kLanes>) {
@@ -73,12 +72,6 @@ __device__ __forceinline__ float group_sum_of_first(float value, int chunk) {
       if (chunk < stride && chunk + stride < kLanes) value += other;
     }
   }
-  return value;
-}
-// The same, left on all lanes of the group.
-template <int kLanes>
-__device__ __forceinline__ float group_sum(float value, int chunk, int leader) {
-  value = group_sum_of_first<kLanes>(value, chunk);
   return kPowerOfTwo<kLanes> ? value : __shfl_sync(kAllLanes, value, leader);
 }
 

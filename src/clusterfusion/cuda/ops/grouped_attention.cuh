@@ -6,6 +6,8 @@
 // Which dimensions and tokens a product's rows and columns stand for is free, so each lane reads 16 bytes at a time.
 #pragma once
 
+#include <cuda/std/type_traits>
+
 #include "ops/attention.cuh"
 #include "primitives/mma.cuh"
 
@@ -19,7 +21,7 @@ class GroupedAttentionWarp {
   static constexpr int kVectors = Tiles::kHeadDim / kVector;          // of a key
   static constexpr int kChunks = (kVectors + 3) / 4, kSpans = (kVectors + 7) / 8;  // of 32 dimensions, of 64
   static constexpr int kColumns = (kQueries + 3) / 4;                 // of eight, for four heads each
-  static constexpr bool kRoomy = kColumns == 1 && kSpans <= 2; // registers beside the sums of values: for more at once
+  static constexpr bool kRoomy = kColumns == 1 && kSpans <= 2;      // registers beside the sums of values: for more at once
   static_assert(kQueries > 1, "of one head, AttentionWarp makes less work");
 
  public:
