@@ -69,6 +69,28 @@ def test_clusters_may_join_in_between_the_steps_of_a_launch(shape: str) -> None:
     assert torch.equal(cache.k, written[0]) and torch.equal(cache.v, written[1])
 
 
+def test_every_cta_tells_as_often_how_far_it_is() -> None:
+    """A step adds as many marks whatever CTAs have of it: otherwise some would believe for good that they are behind."""
+    config = dataclasses.replace(named_shape("pythia-1.4b"), num_layers=3)
+    weights = random_weights(config, seed=4, dtype=torch.float16, device=GPU)
+    plan = plan_for(config, GPU.index)
+    assert plan.up_first
+    decoder = StepDecoder(weights, empty_cache(weights, 64))
+    stages = (
+        config.hidden_size
+        * (4 * config.hidden_size + 2 * config.intermediate_size)
+        * 2
+        // (plan.ctas * plan.stage_bytes)
+    )
+    a_step = (config.num_layers + 1) * (stages // 16) * plan.ctas
+    steps = 0
+    for count in (1, 20):
+        assert len(list(decoder.stream(11, steps, count))) == count
+        steps += count
+        torch.cuda.synchronize()
+        assert decoder._scratch.tensors["counters"][3 * 32].item() == steps * a_step
+
+
 def test_ties_go_to_the_lowest_token() -> None:
     weights = small(layers=1)
     weights.lm_head[17] = weights.lm_head[4001]  # in rows of other CTAs

@@ -20,7 +20,7 @@ from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress, of_group
 from clusterfusion.plan.limits import PlanLimits
-from clusterfusion.plan.ring import choose_ring, enough_bytes
+from clusterfusion.plan.ring import MORE_IN_FLIGHT, choose_ring, enough_bytes
 from clusterfusion.plan.sizes import (
     CLUSTER_SIZE,
     ELEMENT_BYTES,
@@ -48,7 +48,7 @@ FIFTHS_BEFORE_CACHED = 1
 PAIR_BYTES = 8  # a float and its epoch
 # With sequential residual, groups of h that come one after another: each has a counter.
 MOST_HIDDEN_GROUPS = 4
-COUNTER_BYTES = (3 + MOST_HIDDEN_GROUPS) * 128  # each counter on a cache line of its own
+COUNTER_BYTES = (4 + MOST_HIDDEN_GROUPS) * 128  # each counter on a cache line of its own
 
 # In which a layer's matrices come; which vectors are ready when follows from it. Sequential residual leaves no choice.
 Order = Literal["up_first", "qkv_first", "sequential"]
@@ -343,6 +343,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     if plan.up_first:
         yield from hidden
     if plan.attends(cta):
+        yield Step("await", "projected")
         for rows in plan.attended_rows(cta):
             yield Step("wait", "qkv", rows)
         yield Step("signal", "queries")
@@ -379,8 +380,11 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one bundle", plan.splits)
     check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
     check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
-    check(plan.stages % (plan.warps // plan.stage_tiles) == 0, "a stage belongs to one team", plan.stages)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
+    teams = plan.warps // plan.stage_tiles
+    most = plan.window_stages + MORE_IN_FLIGHT
+    told_apart = plan.stages % teams == 0 or plan.stages >= teams + most
+    check(told_apart, "no wait can see an older use of its stage", (plan.stages, teams, most))
     check(0 <= plan.fifths_before_cached <= 5, "cached tokens are among the rows of down", plan.fifths_before_cached)
     check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
     check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)

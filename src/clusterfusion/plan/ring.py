@@ -25,7 +25,7 @@ from clusterfusion.plan.sizes import (
 
 # Two rows of hidden_size a tile, where the registers of a warp hold them: each read of x is for both, and there is more to hold.
 ROWS_A_TILE = 2
-MOST_TILE_BYTES = 10240
+MOST_TILE_BYTES = 10240  # that the registers of a warp hold
 # Copies of 5 KB and less are slow: as many tiles a stage as make it about as large as this.
 TARGET_STAGE_BYTES = 8192
 MOST_STAGE_TILES = 4
@@ -46,15 +46,16 @@ MOST_SPANS_AT_EASE = 2
 MOST_WARPS_OF_WIDE, MOST_STAGE_TILES_OF_WIDE = 12, 2
 SCARCE_SHARED_BYTES = 128 * 1024
 
-# The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 64 and 56 KB in flight are best. Messages between CTAs
+# The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 56 and 56 KB in flight are best. Messages between CTAs
 # queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
 NARROW_HIDDEN_SIZE = 2048
 NARROW_WINDOW_BYTES = 40960
 WINDOW_BYTES = 51200
 # From here on a layer's weights last long enough for more bytes in flight.
 WIDE_HIDDEN_SIZE = 3072
-WIDE_WINDOW_BYTES = 65536
-WIDE_SEQUENTIAL_WINDOW_BYTES = 57344
+WIDE_WINDOW_BYTES = 57344
+# A CTA that is behind the others may have so many stages more in flight (cuda/block/pace.cuh).
+MORE_IN_FLIGHT = 3
 
 
 class Ring(NamedTuple):
@@ -73,7 +74,7 @@ class Ring(NamedTuple):
 def window_bytes(config: DecoderConfig) -> int:
     """In flight, at most, from memory to a CTA."""
     if config.hidden_size >= WIDE_HIDDEN_SIZE:
-        return WIDE_WINDOW_BYTES if config.parallel_residual else WIDE_SEQUENTIAL_WINDOW_BYTES
+        return WIDE_WINDOW_BYTES
     return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
 
 
@@ -104,18 +105,20 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         stage_tiles = 1
     stage_bytes = tile_bytes * stage_tiles
     stage_room = stage_bytes + BARRIER_BYTES
+    holds = tile_bytes <= MOST_TILE_BYTES and not scarce
+    window = max(1, window_bytes(config) // stage_bytes)
 
     def fixed(warps: int) -> int:
         return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps)
 
     def stages_with(warps: int) -> int:
-        room = (limits.shared_bytes_per_block - fixed(warps)) // stage_room
+        room = min(max((limits.shared_bytes_per_block - fixed(warps)) // stage_room, 0), MAX_STAGES)
         teams = warps // stage_tiles
-        return min(max(room, 0), MAX_STAGES) // teams * teams
+        return room if room >= teams + window + MORE_IN_FLIGHT else room // teams * teams
 
     def cover(warps: int) -> int:
         stages = stages_with(warps)
-        held = warps * tile_bytes if stages and not scarce else 0
+        held = warps * tile_bytes if stages and holds else 0
         return stages * stage_bytes + held
 
     def quads(vectors: int) -> int:  # of x, a thread
@@ -134,7 +137,8 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     most = max(cover(warps) for _, warps in choices)
     good = [(v, w) for v, w in choices if cover(w) >= GOOD_COVER * most]
     vector_warps, warps = min(
-        good, key=lambda c: (quads(c[0]), -cover(c[1]), max(0, FEWEST_AT_EASE - c[0]), c[0], -c[1])
+        good,
+        key=lambda c: (quads(c[0]), -cover(c[1]), max(0, FEWEST_AT_EASE - c[0]), c[0], -c[1]),
     )
     stages = stages_with(warps)
     return Ring(
@@ -143,7 +147,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         stages=stages,
         tile_bytes=tile_bytes,
         stage_tiles=stage_tiles,
-        window_stages=max(1, min(stages, window_bytes(config) // stage_bytes)),
+        window_stages=max(1, min(stages, window)),
         tile_tokens=tile_tokens,
         shared_bytes=fixed(warps) + stages * stage_room if stages else fixed(2) + 2 * stage_room,
     )

@@ -110,6 +110,7 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         yield from hidden
     tells = plan.attends(cta) and (plan.merged_ctas == 1 or cta % plan.cluster_size == 0)
     if plan.works(cta, position):
+        yield Action("await", "projected", layer)  # before, nobody else's are there either
         for kind in ("wait", "load"):
             for rows in plan.attended_rows(cta):
                 yield Action(kind, "qkv", layer, rows)

@@ -370,7 +370,7 @@ def _check_waits(run: Run) -> None:
 def _check_signals(run: Run) -> None:
     """Parity tells a signal's rounds apart: who awaits one can meet neither the one before nor the one after."""
     for (cta, name), (signals, awaits) in run.rounds.items():
-        given, wanted = [layer for layer, _ in signals], [layer for layer, _, _ in awaits]
+        given, wanted = [layer for layer, _ in signals], list(dict.fromkeys(layer for layer, _, _ in awaits))
         where = f"{name} of CTA {cta}"
         require(given == list(range(len(given))), f"{where} is signalled once a layer", given)
         require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)

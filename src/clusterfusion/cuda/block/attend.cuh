@@ -36,6 +36,8 @@ class Attention : public CtaState<S> {
   __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadsRead heads_read) {
     const bool tells = S::kMerged == 1 || cluster_rank() == 0;
     if (!this->works()) return tells;
+    // Nobody polls for q, k and v, which come from CTAs that have as much to do, before this CTA's own are there.
+    if constexpr (kWhole) this->await(kProjected, layer);
     load_heads<kWhole>(cache, layer, epoch);
     heads_read();
     this->signal(kQueriesReady);
@@ -50,23 +52,20 @@ class Attention : public CtaState<S> {
       count++;
     }
     this->await_of_attended(kPartialsReady);
-    SoftmaxScale scale{-kInfinity, 0.0f};
-    // Each thread merges one dimension of a head; the scale is the same on all of that head.
+    constexpr int kQuads = kPartial / 4;  // of a head
+    const auto head_of = [](int at) { return kQueries == 1 ? 0 : at / kQuads; };
     gather_.exchange(this->local_, [&](int at) {  // begins with a barrier: the new token's partial is there
-      const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
-      const float value =
-          merge_partials<S::kHeadDim, S::kWarps + 1>(this->slots() + q * kPartial, count, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
-      return i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
+      const int q = head_of(at);
+      return merge_partials<S::kHeadDim, S::kWarps + 1>(this->slots() + q * kPartial, count, kPartialsFloats, at - q * kQuads);
     });
     if (gather_.expired() && thread_ == 0) this->record_error(kOnCluster, 0, 0);
     if (!tells) return false;
     float* to = u_.partials + (bundle() * kQueries * S::kPartials + split() / S::kMerged) * kPartial;
-    for (int at = thread_; at < kPartialsFloats; at += S::kVectorThreads) {
-      const int q = kQueries == 1 ? 0 : at / kPartial, i = at - q * kPartial;
-      const float value = merge_partials<S::kHeadDim, S::kMerged>(
-          gather_.result() + q * kPartial, S::kMerged, kPartialsFloats, i < S::kHeadDim ? i : 0, scale);
-      to[q * S::kPartials * kPartial + i] =
-          i < S::kHeadDim ? value : i == S::kHeadDim ? scale.maximum : i == S::kHeadDim + 1 ? scale.sum : 0.0f;
+    const float* partials = reinterpret_cast<const float*>(gather_.result());
+    for (int at = thread_; at < kQueries * kQuads; at += S::kVectorThreads) {
+      const int q = head_of(at), quad = at - q * kQuads;
+      reinterpret_cast<float4*>(to + q * S::kPartials * kPartial)[quad] =
+          merge_partials<S::kHeadDim, S::kMerged>(partials + q * kPartial, S::kMerged, kPartialsFloats, quad);
     }
     this->block_sync();
     return true;
@@ -76,60 +75,58 @@ class Attention : public CtaState<S> {
   // is there.
   template <bool kWhole>
   __device__ void load_attention(const SplitVector& to, int layer) {
-    constexpr int kQuads = S::kQSize / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
-    // So many loads fit the registers, and cost one trip together: of all quads of a thread, or a few, as many partials each as
-    // there are, or a few; of those, all that hold anything. Fewer where few warps have more quads each.
-    constexpr int kLoads = S::kVectorWarps < 6 ? 8 : 12, kTogether = kOwn * S::kPartials <= kLoads || kOwn < 4 ? kOwn : 4;
-    constexpr int kLoaded = smaller(S::kPartials, larger(kLoads / kTogether, 1));
+    constexpr int kQuads = S::kQSize / 4, kOfHead = S::kHeadDim / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
+    // A thread's quads are of one head, whose scales it needs once.
+    constexpr int kTogether = kOwn == 1 ? 1 : kOwn == 2 || kOfHead % 4 != 0 ? 2 : 4;
+    constexpr int kApart = kOfHead / kTogether;
+    // So many loads fit the registers, and cost one trip together: of all quads, and of as many partials as there are, or a few; of those,
+    // all that hold anything.
+    constexpr int kLoads = S::kVectorWarps < 6 ? 12 : 20, kLoaded = smaller(S::kPartials, kLoads / kTogether);
     const int used = this->used_partials();  // others may hold what an earlier launch left
-#pragma unroll
-    for (int group = 0; group < kOwn; group += kTogether) {
-      const auto quad_of = [&](int i) { return (group + i) * S::kVectorThreads + thread_; };
-      const auto mine = [&](int i) { return group + i < kOwn && quad_of(i) < kQuads; };
-      float maximum[kTogether], sum[kTogether] = {};
+#pragma unroll 1
+    for (int mine = thread_; mine < kQuads / kTogether; mine += S::kVectorThreads) {
+      const int head = mine / kApart, quad = mine % kApart;  // and every kApart-th quad of the head from there on
+      const float* partials = u_.partials + head * S::kPartials * kPartial;
+      float maximum = -kInfinity, sum = 0;
       float4 value[kTogether] = {};
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) maximum[i] = -kInfinity;
 #pragma unroll 1
       for (int first = 0; first < used; first += kLoaded) {
-        float4 parts[kTogether][kLoaded] = {};
-        float2 scales[kTogether][kLoaded];
+        float4 parts[kLoaded][kTogether] = {};
+        float2 scales[kLoaded];
 #pragma unroll
-        for (int i = 0; i < kTogether; i++) {
+        for (int n = 0; n < kLoaded; n++) {
+          scales[n] = make_float2(-kInfinity, 0.0f);
+          if (first + n >= used) continue;
+          const float* from = partials + (first + n) * kPartial;
+          scales[n] = __ldcg(reinterpret_cast<const float2*>(from + S::kHeadDim));
 #pragma unroll
-          for (int n = 0; n < kLoaded; n++) {
-            scales[i][n] = make_float2(-kInfinity, 0.0f);
-            if (!mine(i) || first + n >= used) continue;
-            const int of_head = quad_of(i) * 4 / S::kHeadDim, dim = quad_of(i) * 4 % S::kHeadDim;
-            const float* from = u_.partials + (of_head * S::kPartials + first + n) * kPartial;
-            scales[i][n] = __ldcg(reinterpret_cast<const float2*>(from + S::kHeadDim));
-            parts[i][n] = __ldcg(reinterpret_cast<const float4*>(from + dim));
-          }
+          for (int i = 0; i < kTogether; i++) parts[n][i] = __ldcg(reinterpret_cast<const float4*>(from) + quad + i * kApart);
         }
+        float highest = -kInfinity;
 #pragma unroll
-        for (int i = 0; i < kTogether; i++) {
-          float highest = -kInfinity;
+        for (int n = 0; n < kLoaded; n++) highest = fmaxf(highest, scales[n].x);
+        const auto [base, keep] = raise_maximum(maximum, highest);
+        sum *= keep;
 #pragma unroll
-          for (int n = 0; n < kLoaded; n++) highest = fmaxf(highest, scales[i][n].x);
-          const auto [base, keep] = raise_maximum(maximum[i], highest);
-          sum[i] *= keep;
-          value[i].x *= keep, value[i].y *= keep, value[i].z *= keep, value[i].w *= keep;
+        for (float4& v : value) v.x *= keep, v.y *= keep, v.z *= keep, v.w *= keep;
 #pragma unroll
-          for (int n = 0; n < kLoaded; n++) {
-            const float weight = exp2f(scales[i][n].x - base);
-            const float4 part = parts[i][n];
-            sum[i] = fmaf(weight, scales[i][n].y, sum[i]);
-            value[i].x = fmaf(weight, part.x, value[i].x), value[i].y = fmaf(weight, part.y, value[i].y);
-            value[i].z = fmaf(weight, part.z, value[i].z), value[i].w = fmaf(weight, part.w, value[i].w);
+        for (int n = 0; n < kLoaded; n++) {
+          const float weight = exp2f(scales[n].x - base);
+          sum = fmaf(weight, scales[n].y, sum);
+#pragma unroll
+          for (int i = 0; i < kTogether; i++) {
+            const float4 part = parts[n][i];
+            float4& v = value[i];
+            v.x = fmaf(weight, part.x, v.x), v.y = fmaf(weight, part.y, v.y);
+            v.z = fmaf(weight, part.z, v.z), v.w = fmaf(weight, part.w, v.w);
           }
         }
       }
       if constexpr (kWhole) this->await(kProjected, layer);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        if (!mine(i)) continue;
         const float4 v = value[i];
-        to.quad(quad_of(i)) = make_float4(v.x / sum[i], v.y / sum[i], v.z / sum[i], v.w / sum[i]);
+        to.quad(head * kOfHead + quad + i * kApart) = make_float4(v.x / sum, v.y / sum, v.z / sum, v.w / sum);
       }
     }
   }

@@ -5,6 +5,7 @@
 // fetches both. So the stream goes on while a dependency is under way, and what is exposed of one is what the ring does not cover.
 #pragma once
 
+#include "block/pace.cuh"
 #include "block/share.cuh"
 #include "block/tagged.cuh"
 #include "collectives/async_gather.cuh"
@@ -54,7 +55,7 @@ struct CtaTypes {
   static constexpr int kPartialsFloats = S::kQueries * kPartial;  // of all heads of a bundle
   using Warp = AttentionWarpOf<typename S::W, typename Share::Cached, S::kQueries>;
   using Block = BlockSum<kNormSums, S::kVectorThreads>;
-  using Gather = AsyncGather<float, kPartialsFloats, S::kMerged, 1>;  // once a layer: a peer has seen all of this CTA's x before the next
+  using Gather = AsyncGather<float4, kPartialsFloats / 4, S::kMerged, 1>;  // once a layer: a peer has seen all of this CTA's x before the next
   // With sequential residual the slots of the cached tokens' partials lie where h will be: it comes when they are merged, and is gone
   // when the next layer's queries are there, which all of x has gone into.
   static constexpr int kSlotFloats = (S::kWarps + 1) * kPartialsFloats;  // one a tile warp, and the new token
@@ -65,7 +66,7 @@ struct CtaTypes {
     alignas(16) char vectors[kVectorsBytes];
     alignas(16) float query[S::kQueries * S::kHeadDim];
     float key[S::kHeadDim], value[S::kHeadDim];
-    float own_slots[kSlotsInHidden ? 1 : kSlotFloats];
+    alignas(16) float own_slots[kSlotsInHidden ? 1 : kSlotFloats];
     float o_sums[kOutRows * Share::OutTiles::kParts];
     float up_sums[S::kGated ? 2 * kUpRows : 1];  // of gates and what they are multiplied with, in turn
     float down_sums[kOutRows * Share::DownTiles::kParts];
@@ -83,6 +84,7 @@ struct CtaTypes {
     int position;
     unsigned launches;
     int token;  // that the step before chose
+    typename Pace<S>::Seen pace;
   };
 };
 

@@ -3,12 +3,13 @@
 #pragma once
 
 #include "block/cta.cuh"
+#include "block/pace.cuh"
 #include "block/trace.cuh"
 #include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
 
-template <typename S, typename Tracer = NoTrace>
+template <typename S, typename Tracer = NoTrace, typename Pacer = NoPace>
 class TileProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::Cached;
@@ -19,8 +20,9 @@ class TileProducer : public CtaShare<S> {
 
  public:
   __device__ TileProducer(
-      const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace)
-      : Base(position), k_map_(k_map), v_map_(v_map), ring_(shared.stages, shared.ring), trace_(trace) {}
+      const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace,
+      Pacer pace = Pacer())
+      : Base(position), k_map_(k_map), v_map_(v_map), pace_(pace), ring_(shared.stages, shared.ring), trace_(trace) {}
 
   // At the start of a step of a launch of several. `attended`, but for the first: the counter of kAttentionDone, which stands at `target`
   // or higher when all have attended the last layer of the step before, and so written their rows of the caches.
@@ -50,11 +52,13 @@ class TileProducer : public CtaShare<S> {
     if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) down_by_groups(w);
+    pace_.end_part();
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
   __device__ void vocabulary(const void* lm_head, int vocabulary_rows) {
     rows<HiddenTiles>(lm_head, vocabulary_rows);
+    pace_.end_part();
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
@@ -72,7 +76,7 @@ class TileProducer : public CtaShare<S> {
     }
     for (int first = 0; first < tiles; first += S::kStageTiles) {
       const int count = min(S::kStageTiles, tiles - first);
-      char* to = ring_.begin(count * 2 * Cached::kHalfBytes);
+      SharedAddress to = ring_.begin(count * 2 * Cached::kHalfBytes, pace_.more());
       for (int tile = first; tile < first + count; tile++, to += S::kTileBytes) {
         const int token = (this->split() + tile * this->active_splits()) * Cached::kTokens;
         ring_.copy_box(to, k_map_, 0, token, head);
@@ -99,9 +103,7 @@ class TileProducer : public CtaShare<S> {
     for (int group = 0; group < Base::kHiddenGroups; group++) {
       const int from = up_rows.first(group), to = from + up_rows.count(group);
       if constexpr (S::kGated) {
-        pieces<HiddenTiles>(2 * from, 2 * to, [&](int row) {
-          return Piece{at_row<HiddenTiles>(row % 2 == 0 ? w.gate_weight : w.up_weight, row / 2), 1};
-        });
+        in_turn<HiddenTiles>(at_row<HiddenTiles>(w.gate_weight, from), at_row<HiddenTiles>(w.up_weight, from), to - from);
       } else {
         between<HiddenTiles>(w.up_weight, from, to);
       }
@@ -145,14 +147,38 @@ class TileProducer : public CtaShare<S> {
   __device__ void pieces(int from, int to, Find find) {
     static_assert(Tiles::kParts == 1, "hidden rows fit a tile");
     constexpr int kRows = S::kStageTiles * Tiles::kRows;
+    if constexpr (kRows == 1) {
+      for (int row = from; row < to;) {
+        Piece piece = find(row);
+        for (const int end = min(to, row + piece.rows); row < end; row++, piece.from += Tiles::kRowBytes) copy(piece.from, Tiles::kRowBytes);
+      }
+      return;
+    }
     for (int first = from; first < to; first += kRows) {
       const int rows = min(kRows, to - first);
-      char* stage = ring_.begin(rows * Tiles::kRowBytes);
+      const SharedAddress stage = begin_stage(rows * Tiles::kRowBytes);
       for (int row = 0; row < rows;) {
         const Piece piece = find(first + row);
         const int taken = min(piece.rows, rows - row);
         ring_.copy(stage + row * Tiles::kRowBytes, piece.from, taken * Tiles::kRowBytes);
         row += taken;
+      }
+      ring_.end();
+    }
+  }
+
+  // So many rows of two matrices, the first one's before the other's.
+  template <typename Tiles>
+  __device__ void in_turn(const char* one, const char* other, int rows) {
+    constexpr int kRows = S::kStageTiles * Tiles::kRows;
+    for (int left = 2 * rows; left > 0; left -= kRows) {
+      SharedAddress to = begin_stage(min(kRows, left) * Tiles::kRowBytes);
+#pragma unroll
+      for (int row = 0; row < kRows; row++, to += Tiles::kRowBytes) {
+        if (kRows > 1 && row >= left) break;
+        ring_.copy(to, one, Tiles::kRowBytes);
+        const char* next = one + Tiles::kRowBytes;
+        one = other, other = next;
       }
       ring_.end();
     }
@@ -177,11 +203,15 @@ class TileProducer : public CtaShare<S> {
   }
 
   __device__ __forceinline__ void copy(const char* source, unsigned bytes) {
-    ring_.copy(ring_.begin(bytes), source, bytes);
+    ring_.copy(begin_stage(bytes), source, bytes);
     ring_.end();
   }
 
+  // A stage of weights, which all CTAs have as many of.
+  __device__ __forceinline__ SharedAddress begin_stage(unsigned bytes) { return ring_.begin(bytes, pace_.lead()); }
+
   const TensorMap &k_map_, &v_map_;
+  Pacer pace_;
   const unsigned* attended_ = nullptr;
   unsigned target_ = 0;
   RingProducer<TileRing, Tracer::kOn> ring_;

@@ -67,7 +67,7 @@ static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the 
 
 constexpr int kCounterStride = 32;  // a cache line each
 constexpr int kMostGroups = 4;      // hidden groups, of CtaShare
-enum Counter { kAttentionDone, kMiddleDone, kLaunchDone, kHiddenDone, kCounters = kHiddenDone + kMostGroups };  // h: one a group
+enum Counter { kAttentionDone, kMiddleDone, kLaunchDone, kPaceMarks, kHiddenDone, kCounters = kHiddenDone + kMostGroups };  // h: one a group
 // The error record, five words in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.

@@ -1,4 +1,4 @@
-// AsyncGather: vectors of 32-bit values, one a CTA, joined in rank order; every CTA gets all of them. What ClusterGather does, by
+// AsyncGather: vectors of 32-bit values, or of four of them, one a CTA, joined in rank order; every CTA gets all of them. What ClusterGather does, by
 // stores that count their bytes at the reader's mbarrier (st.async): nobody waits for a fence of the whole GPU, as an arrival that
 // releases ordinary stores to the cluster does.
 //
@@ -22,7 +22,7 @@ template <typename T, int kLength, int kClusterSize, int kInboxes = 2>
 class AsyncGather {
  public:
   static_assert(is_cluster_size(kClusterSize), "clusters of 1, 2, 4 or 8 CTAs");
-  static_assert(sizeof(T) == 4, "a store moves 32 bits");
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "a store moves 32 bits, or four times as many");
   static_assert(kInboxes == 1 || kInboxes == 2, "more are of no use");
   static constexpr int kTotal = kClusterSize * kLength;
 

@@ -30,11 +30,6 @@ struct AttentionTiles {
   static_assert(kValuesAt + kHalfBytes <= kTileBytes, "a tile fits a stage");
 };
 
-// Softmax so far: maximum, sum, and the weighted values. A partial with maximum -infinity is empty.
-struct SoftmaxScale {
-  float maximum, sum;
-};
-
 // Raises the running maximum of scores to at least `highest`. Scores count relative to `base`; of sums so far, `keep` remains.
 struct Raised {
   float base, keep;
@@ -172,30 +167,29 @@ class AttentionWarp {
 template <int kHeadDim>
 constexpr int kPartialFloats = kHeadDim + 4;
 
-// Element `dim` of the merge of `count` partials, at most kMost, `stride` floats apart, in order; and the merged scale.
+// Quad `quad` of the merge of `count` partials, at most kMost, `stride` floats apart, in order: four values, or, behind the last of them,
+// maximum and sum. Partials are aligned to 16 bytes.
 template <int kHeadDim, int kMost>
-__device__ __forceinline__ float merge_partials(const float* partials, int count, int stride, int dim, SoftmaxScale& scale) {
-  float maxima[kMost], sums[kMost], values[kMost];
+__device__ __forceinline__ float4 merge_partials(const float* partials, int count, int stride, int quad) {
+  float maxima[kMost];
+  float4 parts[kMost];
 #pragma unroll
   for (int i = 0; i < kMost; i++) {
-    maxima[i] = -kInfinity, sums[i] = 0, values[i] = 0;
-    if (i < count) {
-      const float* from = partials + i * stride;
-      maxima[i] = from[kHeadDim], sums[i] = from[kHeadDim + 1], values[i] = from[dim];
-    }
+    maxima[i] = -kInfinity, parts[i] = {};
+    if (i < count) maxima[i] = partials[i * stride + kHeadDim], parts[i] = reinterpret_cast<const float4*>(partials + i * stride)[quad];
   }
   float maximum = -kInfinity;
 #pragma unroll
   for (int i = 0; i < kMost; i++) maximum = fmaxf(maximum, maxima[i]);
-  float value = 0, sum = 0;
+  float4 merged = {};
 #pragma unroll
   for (int i = 0; i < kMost; i++) {
     const float weight = maxima[i] == -kInfinity ? 0.0f : exp2f(maxima[i] - maximum);
-    value = fmaf(weight, values[i], value);
-    sum = fmaf(weight, sums[i], sum);
+    merged.x = fmaf(weight, parts[i].x, merged.x), merged.y = fmaf(weight, parts[i].y, merged.y);
+    merged.z = fmaf(weight, parts[i].z, merged.z), merged.w = fmaf(weight, parts[i].w, merged.w);
   }
-  scale = {maximum, sum};
-  return value;
+  if (quad == kHeadDim / 4) merged = {maximum, merged.y, 0.0f, 0.0f};
+  return merged;
 }
 
 }  // namespace clusterfusion

@@ -6,8 +6,10 @@
 // with a stage of its own.
 // Every lane says for itself that it has read its part: compute-sanitizer's racecheck does not see that one lane may speak for a warp
 // behind __syncwarp (lab/racecheck.cu).
-// A stage is always used by the same team (kStages is a multiple of the teams), so a warp that waits for its next use of a
-// stage has itself released the use before: its parity wait cannot see an older phase.
+// A warp that waits for a stage must not see an older use of it, of the same parity. Either a stage is always used by the same team, as
+// kStages is a multiple of the teams: then the warp itself has released the use before. Or the ring holds a stage of every team and the
+// window beside them: the warp's last stage was copied only when all but a window of what came before it had landed, and the use before
+// is among that.
 // The window bounds the bytes in flight: messages between CTAs queue behind the stream, and a full ring of requests makes
 // every grid-wide dependency slower than the ring is deep.
 #pragma once
@@ -22,8 +24,9 @@ template <int kStages_, int kStageBytes_, int kTiles_, int kWarps_, int kWindow_
 struct Ring {
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kTiles = kTiles_, kWindow = kWindow_;
   static constexpr int kTeams = kWarps_ / kTiles;
+  static constexpr int kMore = 3;  // stages in flight beside the window, at most
   static_assert(kWarps_ % kTiles == 0, "teams have a warp for each tile of a stage");
-  static_assert(kStages % kTeams == 0, "a stage belongs to one team");
+  static_assert(kStages % kTeams == 0 || kStages >= kTeams + kWindow + kMore, "no wait can see an older use of its stage");
   static_assert(kWindow > 0 && kWindow <= kStages, "the window is part of the ring");
   static_assert(kStageBytes % 128 == 0, "stages keep the alignment of the ring");
 
@@ -45,26 +48,27 @@ struct Ring {
 template <typename Ring, bool kTimed = false>
 class RingProducer {
  public:
-  __device__ RingProducer(char* stages, typename Ring::Barriers& barriers) : stages_(stages), barriers_(barriers) {}
+  __device__ RingProducer(char* stages, typename Ring::Barriers& barriers)
+      : stages_(shared_address(stages)), full_(shared_address(barriers.full)), empty_(shared_address(barriers.empty)) {}
 
-  // Waits for a free stage, and until fewer than kWindow stages are in flight; announces `bytes`. Returns where the tiles go.
-  __device__ __forceinline__ char* begin(unsigned bytes) {
+  // Waits for a free stage, and until fewer than kWindow + `more` stages, at most kMore more, are in flight; announces `bytes`. Returns where the tiles go.
+  __device__ __forceinline__ SharedAddress begin(unsigned bytes, int more = 0) {
     const long long start = kTimed ? clock64() : 0;
-    mbarrier_wait_local(&barriers_.empty[stage_], parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
+    mbarrier_wait_local(empty_ + stage_ * kBarrier, parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
     if constexpr (kTimed) waited_for_room_ += clock64() - start;
-    for (; in_flight_ >= Ring::kWindow; in_flight_--) {
-      mbarrier_wait_local(&barriers_.full[landing_], landing_parity_);
+    for (; in_flight_ >= Ring::kWindow + more; in_flight_--) {
+      mbarrier_wait_local(full_ + landing_ * kBarrier, landing_parity_);
       if (++landing_ == Ring::kStages) landing_ = 0, landing_parity_ ^= 1;
     }
     in_flight_++;
-    mbarrier_arrive_expect(&barriers_.full[stage_], bytes);
+    mbarrier_arrive_expect(full_ + stage_ * kBarrier, bytes);
     return stages_ + stage_ * Ring::kStageBytes;
   }
-  __device__ __forceinline__ void copy(void* to, const void* from, unsigned bytes) {
-    bulk_copy(to, from, bytes, &barriers_.full[stage_]);
+  __device__ __forceinline__ void copy(SharedAddress to, const void* from, unsigned bytes) {
+    bulk_copy(to, from, bytes, full_ + stage_ * kBarrier);
   }
-  __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int c0, int c1, int c2) {
-    tensor_copy(to, &map, c0, c1, c2, &barriers_.full[stage_]);
+  __device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map, int c0, int c1, int c2) {
+    tensor_copy(to, &map, c0, c1, c2, full_ + stage_ * kBarrier);
   }
   __device__ __forceinline__ void end() {
     if (++stage_ == Ring::kStages) stage_ = 0, parity_ ^= 1;
@@ -78,8 +82,8 @@ class RingProducer {
   }
 
  private:
-  char* stages_;
-  typename Ring::Barriers& barriers_;
+  static constexpr unsigned kBarrier = sizeof(cuda::std::uint64_t);
+  SharedAddress stages_, full_, empty_;
   int stage_ = 0, landing_ = 0, in_flight_ = 0;  // at most: what has landed counts until somebody looks
   unsigned parity_ = 0, landing_parity_ = 0;
   long long waited_for_room_ = 0;

@@ -30,6 +30,26 @@ __device__ __forceinline__ void mbarrier_arrive_expect(cuda::std::uint64_t* barr
       cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, barrier, bytes);
 }
 
+// A place in this CTA's shared memory as 32 bits, for whoever needs it again and again: computed here and kept. From a pointer it is
+// computed anew at each use.
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  SharedAddress address = static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+  asm volatile("" : "+r"(address));
+  return address;
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(SharedAddress barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_local(SharedAddress barrier, unsigned parity) {
+  for (unsigned met = 0; met == 0;) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(met)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  }
+}
+
 // Waits for the phase of parity `parity` of a barrier that only this CTA uses. Not bounded: a phase of the ring waits
 // for copies and for this CTA's own warps, never for another CTA.
 __device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier, unsigned parity) {
@@ -43,12 +63,16 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(cuda::std::uint64_t* map
       cuda::ptx::sem_release, cuda::ptx::scope_cluster, cuda::ptx::space_cluster, mapped_barrier);
 }
 
-// Stores a 32-bit value in a peer's shared memory; its bytes count at `mapped_barrier`, an mbarrier there, with which it is seen.
-// Both addresses from map_shared, of the same CTA.
+// Stores a 32-bit value, or four of them in 16 bytes, in a peer's shared memory; its bytes count at `mapped_barrier`, an mbarrier there, with
+// which it is seen. Both addresses from map_shared, of the same CTA.
 template <typename T>
 __device__ __forceinline__ void mbarrier_store(T* mapped, T value, cuda::std::uint64_t* mapped_barrier) {
   static_assert(sizeof(T) == 4, "32 bits");
   cuda::ptx::st_async(mapped, value, mapped_barrier);
+}
+__device__ __forceinline__ void mbarrier_store(float4* mapped, float4 value, cuda::std::uint64_t* mapped_barrier) {
+  const float values[4] = {value.x, value.y, value.z, value.w};
+  cuda::ptx::st_async(&mapped->x, values, mapped_barrier);
 }
 
 // Waits for the phase of parity `parity` of a barrier in this CTA to complete; acquires from the cluster.

@@ -34,6 +34,15 @@ __device__ auto make_trace(long long* record, int layers, unsigned first_thread)
   }
 }
 
+template <typename S, int kLayers>
+__device__ PaceOf<S> make_pace(const StepArguments<kLayers>& a, typename Pace<S>::Seen& seen) {
+  if constexpr (S::kUpFirst) {
+    return Pace<S>(a.workspace.counters + kPaceMarks * kCounterStride, a.first_step * (kLayers + 1) * Pace<S>::kMarks, seen);
+  } else {
+    return NoPace();
+  }
+}
+
 // A step's candidate for its next token.
 template <int kLayers>
 __device__ Candidate candidate_of(const StepArguments<kLayers>& a, int position, int index, float logit) {
@@ -45,7 +54,7 @@ __device__ Candidate candidate_of(const StepArguments<kLayers>& a, int position,
 template <typename S, typename Tracer, int kLayers>
 __device__ void choose_token(TileWarps<S, Tracer>& tiles, const StepArguments<kLayers>& a, unsigned step, Candidate mine) {
   Candidate* of_warp = reinterpret_cast<Candidate*>(tiles.shared().best);
-  const int thread = threadIdx.x - S::kVectorThreads;
+  const int thread = opaque(threadIdx.x) - S::kVectorThreads;
   mine = warp_best(mine);
   if (thread % kWarpSize == 0) of_warp[thread / kWarpSize] = mine;
   tiles.tiles_sync();
@@ -110,7 +119,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {  // it waits for no launch before the first cached tokens
       Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
-      TileProducer<S, Tracer> producer(a.k_map, a.v_map, a.position, shared, trace);
+      TileProducer<S, Tracer, PaceOf<S>> producer(a.k_map, a.v_map, a.position, shared, trace, make_pace<S, kLayers>(a, shared.pace));
       const unsigned* attended = a.workspace.counters + kAttentionDone * kCounterStride;
 #pragma unroll 1
       for (unsigned step = 0; step < steps; step++) {
