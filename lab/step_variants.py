@@ -26,6 +26,7 @@ from clusterfusion.jit.decode_step import step_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_launch import plan_for
 from clusterfusion.plan import BlockPlan, block, sizes
+from clusterfusion.plan.ring import MORE_IN_FLIGHT
 from clusterfusion.plan.trace import EVENTS, ROLES, passed, trace_words
 from clusterfusion.random_weights import random_weights, uniform
 
@@ -41,12 +42,13 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps)
     stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
+    window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     teams = warps // tiles
-    stages = min(knobs.get("stages", most), most, 64) // teams * teams
+    stages = min(knobs.get("stages", most), most, 64)
+    stages = stages if stages >= teams + window + MORE_IN_FLIGHT else stages // teams * teams
     most_splits = block.MOST_SPLITS if plan.queries == 1 else block.MOST_SHARED_SPLITS
     splits = min(ctas // plan.bundles, most_splits)
     splits = splits // 2 * 2 if splits > 1 else splits
-    window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=tile, tile_tokens=tokens, stage_tiles=tiles,
