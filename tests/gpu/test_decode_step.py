@@ -91,6 +91,18 @@ def test_every_cta_tells_as_often_how_far_it_is() -> None:
         assert decoder._scratch.tensors["counters"][3 * 32].item() == steps * a_step
 
 
+@pytest.mark.parametrize(("stages", "window"), [(9, 9), (9, 8), (9, 1), (18, 2)])
+def test_a_small_ring_keeps_pace(stages: int, window: int) -> None:
+    """Who is behind may not have more in flight than there is, nor who is ahead nothing: either would wait for good."""
+    config = dataclasses.replace(named_shape("pythia-1.4b"), num_layers=3)
+    weights = random_weights(config, seed=4, dtype=torch.float16, device=GPU)
+    plan = plan_for(config, GPU.index)
+    assert plan.up_first and plan.warps == 9
+    small = dataclasses.replace(plan, stages=stages, window_stages=window)
+    tokens = [list(StepDecoder(weights, empty_cache(weights, 64), plan=p).stream(11, 0, 40)) for p in (plan, small)]
+    assert tokens[0] == tokens[1]
+
+
 def test_ties_go_to_the_lowest_token() -> None:
     weights = small(layers=1)
     weights.lm_head[17] = weights.lm_head[4001]  # in rows of other CTAs

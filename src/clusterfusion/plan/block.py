@@ -382,7 +382,7 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
     teams = plan.warps // plan.stage_tiles
-    most = plan.window_stages + MORE_IN_FLIGHT
+    most = min(plan.window_stages + MORE_IN_FLIGHT, plan.stages)
     told_apart = plan.stages % teams == 0 or plan.stages >= teams + most
     check(told_apart, "no wait can see an older use of its stage", (plan.stages, teams, most))
     check(0 <= plan.fifths_before_cached <= 5, "cached tokens are among the rows of down", plan.fifths_before_cached)

@@ -81,7 +81,7 @@ class Attention : public CtaState<S> {
     constexpr int kApart = kOfHead / kTogether;
     // So many loads fit the registers, and cost one trip together: of all quads, and of as many partials as there are, or a few; of those,
     // all that hold anything.
-    constexpr int kLoads = S::kVectorWarps < 6 ? 12 : 20, kLoaded = smaller(S::kPartials, kLoads / kTogether);
+    constexpr int kLoads = S::kVectorWarps < 6 ? 12 : 16, kLoaded = smaller(S::kPartials, kLoads / kTogether);
     const int used = this->used_partials();  // others may hold what an earlier launch left
 #pragma unroll 1
     for (int mine = thread_; mine < kQuads / kTogether; mine += S::kVectorThreads) {

@@ -111,6 +111,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   }
 
   __device__ Shared& shared() { return s_; }
+  __device__ int position() const { return this->position_; }
   __device__ float* slots() const {
     return CtaTypes<S>::kSlotsInHidden ? reinterpret_cast<float*>(s_.vectors + CtaTypes<S>::kVectorBytes) : s_.own_slots;
   }

@@ -14,6 +14,7 @@ struct NoPace {
   __device__ int lead() { return 0; }
   __device__ int more() const { return 0; }
   __device__ void end_part() {}
+  __device__ void end() {}
 };
 
 // One thread's.
@@ -28,7 +29,6 @@ class Pace {
       (static_cast<long long>(S::kCtas) * S::kStageBytes);
   static constexpr int kMarks = kStagesALayer < kStagesAMark ? 1 : kStagesALayer / kStagesAMark;
   static constexpr int kTrip = 4;    // stages from a look at the others to what is made of it: by then it has come
-  static constexpr int kFewer = 2;   // stages in flight than usual, at most; more: TileRing::kMore
   static constexpr int kBehind = 2;  // stages behind the others, for one more in flight
 
   // In shared memory: what has been seen of the counter.
@@ -61,6 +61,9 @@ class Pace {
     marks_left_ = kMarks;
   }
 
+  // Nothing comes into shared memory any more.
+  __device__ __forceinline__ void end() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
  private:
   __device__ __forceinline__ void tell() {
     own_++;
@@ -74,12 +77,13 @@ class Pace {
                  : "memory");
     looks_ = true, left_ = kTrip;
   }
-  // This CTA has made no mark since it asked; the others are half a mark further, on average, than they had told.
+  // This CTA asked when it made its last mark; the others are half a mark further, on average, than they had told. Marks that were under
+  // way make no great difference.
   __device__ __forceinline__ void look() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     const unsigned all = *const_cast<volatile unsigned*>(seen_.words);
     const int behind = static_cast<int>(all - own_ * S::kCtas) + S::kCtas / 2;  // in units of 1 / kCtas of a mark
-    more_ = max(-kFewer, min(TileRing::kMore, behind * kStagesAMark / (S::kCtas * kBehind)));
+    more_ = max(-TileRing::kFewer, min(TileRing::kMore, behind * kStagesAMark / (S::kCtas * kBehind)));
     looks_ = false, left_ = kStagesAMark - kTrip;
   }
 

@@ -56,6 +56,9 @@ class TileProducer : public CtaShare<S> {
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
+  // Behind the last of all steps.
+  __device__ void end() { pace_.end(); }
+
   __device__ void vocabulary(const void* lm_head, int vocabulary_rows) {
     rows<HiddenTiles>(lm_head, vocabulary_rows);
     pace_.end_part();
@@ -152,18 +155,18 @@ class TileProducer : public CtaShare<S> {
         Piece piece = find(row);
         for (const int end = min(to, row + piece.rows); row < end; row++, piece.from += Tiles::kRowBytes) copy(piece.from, Tiles::kRowBytes);
       }
-      return;
-    }
-    for (int first = from; first < to; first += kRows) {
-      const int rows = min(kRows, to - first);
-      const SharedAddress stage = begin_stage(rows * Tiles::kRowBytes);
-      for (int row = 0; row < rows;) {
-        const Piece piece = find(first + row);
-        const int taken = min(piece.rows, rows - row);
-        ring_.copy(stage + row * Tiles::kRowBytes, piece.from, taken * Tiles::kRowBytes);
-        row += taken;
+    } else {
+      for (int first = from; first < to; first += kRows) {
+        const int rows = min(kRows, to - first);
+        const SharedAddress stage = begin_stage(rows * Tiles::kRowBytes);
+        for (int row = 0; row < rows;) {
+          const Piece piece = find(first + row);
+          const int taken = min(piece.rows, rows - row);
+          ring_.copy(stage + row * Tiles::kRowBytes, piece.from, taken * Tiles::kRowBytes);
+          row += taken;
+        }
+        ring_.end();
       }
-      ring_.end();
     }
   }
 
@@ -207,7 +210,7 @@ class TileProducer : public CtaShare<S> {
     ring_.end();
   }
 
-  // A stage of weights, which all CTAs have as many of.
+  // A stage of weights, which all CTAs have as many of, but for a row.
   __device__ __forceinline__ SharedAddress begin_stage(unsigned bytes) { return ring_.begin(bytes, pace_.lead()); }
 
   const TensorMap &k_map_, &v_map_;

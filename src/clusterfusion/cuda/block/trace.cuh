@@ -1,6 +1,8 @@
 // When a CTA passed which point of a layer, as the first thread of a role saw it. NoTrace takes its place in ordinary launches.
 #pragma once
 
+#include "block/share.cuh"
+
 namespace clusterfusion {
 
 // The order of plan/trace.py: vector warps' events, tile warps' events, and durations: a tile warp's waits for data, and the
@@ -26,18 +28,19 @@ class Trace {
  public:
   static constexpr bool kOn = true;
   __device__ Trace(long long* record, int layers, unsigned first_thread)
-      : of_cta_(record + static_cast<long long>(blockIdx.x) * (layers + 1) * kTraceEvents), at_(of_cta_),
-        records_(threadIdx.x == first_thread) {}
-  __device__ void layer(int layer) { at_ = of_cta_ + layer * kTraceEvents; }
+      : record_(record), layers_(layers), records_(threadIdx.x == first_thread) {}
+  __device__ void layer(int layer) { at_ = (opaque(blockIdx.x) * (layers_ + 1) + layer) * kTraceEvents; }
   __device__ void mark(TraceEvent event) {
     if (records_) record(event, clock64());
   }
   __device__ void record(TraceEvent event, long long value) {
-    if (records_) at_[static_cast<int>(event)] = value;
+    if (records_) record_[at_ + static_cast<unsigned>(event)] = value;
   }
 
  private:
-  long long *of_cta_, *at_;
+  long long* record_;
+  int layers_;
+  unsigned at_ = 0;  // in the record; an address would take another register
   bool records_;
 };
 

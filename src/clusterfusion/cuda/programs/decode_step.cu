@@ -19,7 +19,7 @@ __device__ void trace_clocks(long long* trace, int layers, int which) {
   if constexpr (kTrace) {
     long long nanoseconds;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds)::"memory");
-    long long* to = trace + static_cast<long long>(gridDim.x) * (layers + 1) * kTraceEvents + blockIdx.x * kTraceClocks;
+    long long* to = trace + static_cast<long long>(gridDim.x) * (layers + 1) * kTraceEvents + opaque(blockIdx.x) * kTraceClocks;
     to[2 * which] = clock64();
     to[2 * which + 1] = nanoseconds;
   }
@@ -132,6 +132,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
         trace.layer(kLayers);
         producer.vocabulary(a.lm_head, a.vocabulary);
       }
+      producer.end();
     }
     return;
   }
@@ -168,24 +169,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   } else {
     Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kVectorThreads);
     TileWarps<S, Tracer> tiles(a.workspace, a.position, shared, trace);
+    const auto step = [&] { return static_cast<unsigned>(tiles.position() - a.position); };  // which takes no register
 #pragma unroll 1
-    for (unsigned step = 0; step < steps; step++) {
-      tiles.begin_step(a.position + step, step, kLayers);
+    for (unsigned begun = 0; begun < steps; begun = step() + 1) {
+      tiles.begin_step(a.position + begun, begun, kLayers);
 #pragma unroll 1
       for (int layer = 0; layer < kLayers; layer++) {
         trace.layer(layer);
-        tiles.template run<Segment::whole, kFaultCta>((a.first_step + step) * kLayers + layer + 1, layer);
+        tiles.template run<Segment::whole, kFaultCta>((a.first_step + step()) * kLayers + layer + 1, layer);
       }
       trace.layer(kLayers);
       Candidate best = no_candidate();
       tiles.vocabulary(a.vocabulary, kLayers, [&](int index, float logit) {
         a.logits[index] = logit;
-        const Candidate other = candidate_of(a, a.position + step + 1, index, logit);
+        const Candidate other = candidate_of(a, tiles.position() + 1, index, logit);
         if (beats(other, best)) best = other;
       });
       // The next step begins with the choice of its token, while its weights come.
-      if (threadIdx.x == S::kVectorThreads && step + 1 < steps) trace_clocks<kTrace>(a.trace, kLayers, 0);
-      choose_token(tiles, a, step, best);
+      if (threadIdx.x == S::kVectorThreads && step() + 1 < steps) trace_clocks<kTrace>(a.trace, kLayers, 0);
+      choose_token(tiles, a, step(), best);
       tiles.signal(kChosen);
     }
     if (threadIdx.x == S::kVectorThreads) trace_clocks<kTrace>(a.trace, kLayers, 1);
