@@ -105,6 +105,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
     for (unsigned& done : shared.warps_done) done = 0;
     shared.expired = 0;
+    Pace<S>::init(shared.pace);
     LocalTeam::init(shared.local);
     CtaTypes<S>::Gather::template init<S::kVectorThreads>(shared.gather);
     mbarrier_init_fence();

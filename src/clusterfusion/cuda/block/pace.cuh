@@ -31,12 +31,14 @@ class Pace {
   static constexpr int kTrip = 4;    // stages from a look at the others to what is made of it: by then it has come
   static constexpr int kBehind = 2;  // stages behind the others, for one more in flight
 
-  // In shared memory: what has been seen of the counter.
+  // In shared memory: what was seen of the counter, and an mbarrier that says that it has come.
   struct alignas(16) Seen {
     unsigned words[4];
+    cuda::std::uint64_t full;
   };
+  static __device__ __forceinline__ void init(Seen& seen) { mbarrier_init(&seen.full, 1); }  // one thread; mbarrier_init_fence follows
 
-  // `before`: marks that a CTA has made in earlier launches.
+  // `marks`: all CTAs' counter. `before`: marks that a CTA has made in earlier launches.
   __device__ Pace(unsigned* marks, unsigned before, Seen& seen) : marks_(marks), seen_(seen), own_(before) {}
 
   // Ahead of a stage of weights: how many more than usual may be in flight.
@@ -62,7 +64,9 @@ class Pace {
   }
 
   // Nothing comes into shared memory any more.
-  __device__ __forceinline__ void end() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+  __device__ __forceinline__ void end() {
+    if (looks_) await();
+  }
 
  private:
   __device__ __forceinline__ void tell() {
@@ -72,26 +76,31 @@ class Pace {
   __device__ __forceinline__ void mark() {
     tell();
     marks_left_--;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(seen_.words))),
-                 "l"(marks_)
-                 : "memory");
+    if (looks_) return;  // as of the mark before
+    asked_ = own_;
+    mbarrier_arrive_expect(&seen_.full, sizeof(seen_.words));
+    bulk_copy(shared_address(seen_.words), marks_, sizeof(seen_.words), shared_address(&seen_.full));
     looks_ = true, left_ = kTrip;
   }
-  // This CTA asked when it made its last mark; the others are half a mark further, on average, than they had told. Marks that were under
-  // way make no great difference.
+  // When this CTA asked it had just made a mark; the others were half a mark further, on average, than they had told.
   __device__ __forceinline__ void look() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    await();
     const unsigned all = *const_cast<volatile unsigned*>(seen_.words);
-    const int behind = static_cast<int>(all - own_ * S::kCtas) + S::kCtas / 2;  // in units of 1 / kCtas of a mark
+    const int behind = static_cast<int>(all - asked_ * S::kCtas) + S::kCtas / 2;  // in units of 1 / kCtas of a mark
     more_ = max(-TileRing::kFewer, min(TileRing::kMore, behind * kStagesAMark / (S::kCtas * kBehind)));
     looks_ = false, left_ = kStagesAMark - kTrip;
+  }
+  __device__ __forceinline__ void await() {
+    mbarrier_wait_local(&seen_.full, parity_);
+    parity_ ^= 1;
   }
 
   unsigned* marks_;
   Seen& seen_;
-  unsigned own_;                            // marks
+  unsigned own_, asked_ = 0;                       // marks, and how many when it asked for the others'
   int marks_left_ = kMarks, left_ = kStagesAMark;  // of this part; stages until there is something to do
-  bool looks_ = false;                      // at the others, or it makes a mark
+  bool looks_ = false;                             // at the others, or it makes a mark
+  unsigned parity_ = 0;
   int more_ = 0;
 };
 

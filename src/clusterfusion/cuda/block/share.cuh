@@ -67,7 +67,9 @@ static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the 
 
 constexpr int kCounterStride = 32;  // a cache line each
 constexpr int kMostGroups = 4;      // hidden groups, of CtaShare
-enum Counter { kAttentionDone, kMiddleDone, kLaunchDone, kPaceMarks, kHiddenDone, kCounters = kHiddenDone + kMostGroups };  // h: one a group
+enum Counter {  // of h one a group
+  kAttentionDone, kMiddleDone, kLaunchDone, kHiddenDone, kPaceMarks = kHiddenDone + kMostGroups, kCounters
+};
 // The error record, five words in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4;
 // What a CTA gave up waiting for, or, last, that the position is not in the cache.

@@ -99,17 +99,18 @@ class AttentionWarp {
   }
 
   __device__ __forceinline__ void add_tile(const char* data, int tokens) {
-    const uint4* keys = reinterpret_cast<const uint4*>(data);
-    const uint4* values = reinterpret_cast<const uint4*>(data + Tiles::kValuesAt);
+    // This lane's eight dimensions of its token of each pass: every kTogether-th of the tile's, of which `left` are from its first one on.
+    const int first = at_.token * Tiles::kLanes + at_.chunk, left = at_.active ? tokens - at_.token : 0;
+    const uint4* keys = reinterpret_cast<const uint4*>(data) + first;
+    const uint4* values = reinterpret_cast<const uint4*>(data + Tiles::kValuesAt) + first;
     StageReads reads;
     float score[Tiles::kPasses];
     float highest = -kInfinity;
 #pragma unroll
     for (int pass = 0; pass < Tiles::kPasses; pass++) {
-      const int token = pass * Tiles::kTogether + at_.token;
-      const bool valid = at_.active && token < tokens;
+      const bool valid = pass * Tiles::kTogether < left;
       uint4 packed = {};
-      if (valid) packed = keys[token * Tiles::kLanes + at_.chunk];
+      if (valid) packed = keys[pass * Tiles::kTogether * Tiles::kLanes];
       reads.saw(packed.x);
       float k[kVector], dot = 0;
       unpack8<W>(packed, k);
@@ -125,9 +126,8 @@ class AttentionWarp {
     for (int k = 0; k < kVector; k++) values_[k] *= keep;
 #pragma unroll
     for (int pass = 0; pass < Tiles::kPasses; pass++) {
-      const int token = pass * Tiles::kTogether + at_.token;
       uint4 packed = {};
-      if (at_.active && token < tokens) packed = values[token * Tiles::kLanes + at_.chunk];
+      if (pass * Tiles::kTogether < left) packed = values[pass * Tiles::kTogether * Tiles::kLanes];
       reads.saw(packed.x);
       const float p = exp2f(score[pass] - base);  // 0 for a token that is not there
       float v[kVector];

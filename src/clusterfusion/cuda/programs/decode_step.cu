@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {  // it waits for no launch before the first cached tokens
       Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
-      TileProducer<S, Tracer, PaceOf<S>> producer(a.k_map, a.v_map, a.position, shared, trace, make_pace<S, kLayers>(a, shared.pace));
+      TileProducer<S, Tracer, PaceOf<S>> producer(a.k_map, a.v_map, a.position, shared, trace, make_pace<S>(a, shared.pace));
       const unsigned* attended = a.workspace.counters + kAttentionDone * kCounterStride;
 #pragma unroll 1
       for (unsigned step = 0; step < steps; step++) {
