@@ -87,7 +87,7 @@ def test_sources() -> None:
     assert check_source(None, "pythia-6.9b", on_gpu=True) == 2048
     with pytest.raises(ArgumentError, match="MODEL or --random-weights SHAPE; neither was given"):
         check_source(None, None, on_gpu=True)
-    with pytest.raises(ArgumentError, match="both was given"):
+    with pytest.raises(ArgumentError, match="both were given"):
         check_source("demo", "pythia-14m", on_gpu=True)
     with pytest.raises(
         DeviceError, match=r"bench decode of pythia-2\.8b needs an NVIDIA GPU.*demo, or a shape of at most 200"
@@ -101,7 +101,7 @@ def test_sources() -> None:
 def test_modes_that_cannot_run_are_left_out_with_the_reason(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, left_out = choose_modes(("model", "graph"), engine)
     assert [mode.name for mode in chosen] == ["reference"]
-    assert set(left_out) == {"model", "graph"} and "16-bit" in left_out["graph"]
+    assert set(left_out) == {"model", "graph"} and "an NVIDIA GPU" in left_out["graph"]
     monkeypatch.setattr("clusterfusion.bench.decode.loops.why_not", lambda name, *_: "no" if name == "model" else None)
     chosen, left_out = choose_modes(("model", "graph", "split"), engine)
     assert ([mode.name for mode in chosen], left_out) == (["graph", "split"], {"model": "no"})

@@ -74,5 +74,5 @@ def test_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "has_datasets", lambda: False)
-    with pytest.raises(ArgumentError, match="'a/b' needs the package datasets"):
+    with pytest.raises(ArgumentError, match="data set 'a/b' needs the package datasets"):
         texts.dataset_text("a/b")

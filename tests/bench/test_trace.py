@@ -316,7 +316,7 @@ def test_the_run_follows_the_prompt_with_steps(monkeypatch: pytest.MonkeyPatch) 
     assert about["summary"]["step_ns"] == STEP and about["source_digest"]
     assert {event["tid"] for event in said["traceEvents"]} == {0, 2}
     monkeypatch.undo()
-    with pytest.raises(UnsupportedModelError, match="which cannot run demo here: the kernels need 16-bit weights"):
+    with pytest.raises(UnsupportedModelError, match="which cannot run demo here: the kernels need an NVIDIA GPU"):
         measure_trace(engine, TraceOptions(5, 3, 2), lambda line: None)
 
 

@@ -94,7 +94,7 @@ def test_bad_options(arguments: tuple[str, ...], status: int, expected: str) -> 
     ("arguments", "status", "expected"),
     [
         ((), 1, "bench decode needs either MODEL or --random-weights SHAPE; neither was given"),
-        (("demo", "--random-weights", "pythia-14m"), 1, "SHAPE; both was given"),
+        (("demo", "--random-weights", "pythia-14m"), 1, "SHAPE; both were given"),
         (("--random-weights", "pythia-2.8b"), 1, "bench decode of pythia-2.8b needs an NVIDIA GPU"),
         (("--random-weights", "pythia-3b"), 1, "named shape 'pythia-3b' is unknown"),
         (("demo", "--contexts", "2048", "--new-tokens", "8"), 1, "so it must be from 1 to 2040"),
@@ -171,7 +171,7 @@ def test_decode_runs_on_a_cpu(tmp_path: Path) -> None:
     assert said["command"].startswith("clusterfusion bench decode demo --contexts 4,9")
     assert [len(context["modes"]["reference"]["runs"]) for context in said["contexts"]] == [5, 5]
     assert "missing: the read ceiling, and so the floor" in done.stdout
-    assert "mode graph left out: the kernels need 16-bit weights" in done.stdout
+    assert "mode graph left out: the kernels need an NVIDIA GPU" in done.stdout
     assert "| 4 | reference |" in markdown.read_text()
     assert "with 1 of 2 contexts" in done.stderr
 

@@ -122,7 +122,7 @@ def test_a_saved_checkpoint_folder(tmp_path: Path, family: str) -> None:
         (("generate", "demo", "--file", "/no/such/file"), "--file /no/such/file cannot be read: No such file"),
         (("generate", "demo", "x", "--mode", "warp"), "mode is 'warp'"),
         (("generate", "demo", "x", "-n", "0"), "max_new_tokens is 0"),
-        (("generate", "demo", "x", "-n", "9999"), "do not fit the context of 2048"),
+        (("generate", "demo", "x", "-n", "9999"), "1 tokens and max_new_tokens 9999 do not fit the context of 2048"),
         (("generate", "demo", "x", "--top-p", "0"), "top_p is 0"),
         (("generate", "demo", "x", "--device", "cuda"), "PyTorch sees no GPU here"),
         (("generate", "demo", "x", "--dtype", "int4"), "dtype is 'int4'"),

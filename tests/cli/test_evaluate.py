@@ -83,14 +83,33 @@ def test_perplexity_on_demo(tmp_path: Path) -> None:
     ("arguments", "status", "expected"),
     [
         (("verify",), 1, "either MODEL or --random-weights SHAPE; neither was given"),
-        (("verify", "demo", "--random-weights", "pythia-14m"), 1, "both was given"),
+        (("verify", "demo", "--random-weights", "pythia-14m"), 1, "both were given"),
         (("verify", "demo", "--modes", "warp"), 1, "modes is 'warp'; it must be 'auto' or names from"),
         (("verify", "demo", "--runs", "0"), 1, "runs is 0; it must be an int from 1"),
         (("verify", "demo", "--prompts", "some"), 2, "Invalid value for '--prompts'"),
         (("quality", "demo", "--text", "/no/such/file"), 1, "--text is '/no/such/file', which cannot be read"),
         (("quality", "demo", "--json", "/no/such/folder/x"), 1, "it must name a file in a folder that exists"),
         (("quality", "demo", "--mode", "graph"), 1, "mode is 'graph', which cannot run here"),
-        (("perplexity", "demo", "--stride", "0"), 1, "stride is 0; it must be an int from 1"),
+        # Without loading a model that does not exist: no model could take them.
+        (("verify", "/no/model", "--tokens", "0"), 1, "tokens is 0; it must be at least 1"),
+        (("quality", "/no/model", "--tokens", "-4"), 1, "tokens is -4; it must be at least 1"),
+        (("perplexity", "/no/model", "--window", "1"), 1, "window is 1; it must be at least 2"),
+        (("perplexity", "/no/model", "--stride", "0"), 1, "stride is 0; it must be at least 1"),
+        (
+            ("perplexity", "/no/model", "--text", "a", "--dataset", "b"),
+            1,
+            "--text is 'a' and --dataset is 'b'; give one",
+        ),
+        (
+            ("perplexity", "demo", "--dataset", ":x"),
+            1,
+            "--dataset is ':x'; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]",
+        ),
+        (
+            ("quality", "demo", "--tokens", "2", "--json", "/dev/full"),
+            1,
+            "'/dev/full' cannot be written (No space left",
+        ),
         (("perplexity",), 2, "Missing argument 'MODEL'"),
     ],
 )

@@ -73,8 +73,8 @@ def load_sides(
     Raises as `load` does, and ClusterFusionError where transformers is missing or does not load the model.
     """
     if (model is None) == (random_weights is None):
-        got = "neither" if model is None else "both"
-        raise ArgumentError(f"an evaluation needs either MODEL or --random-weights SHAPE; {got} was given")
+        got = "neither was" if model is None else "both were"
+        raise ArgumentError(f"an evaluation needs either MODEL or --random-weights SHAPE; {got} given")
     engine = load(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
     if model is None:
         return Sides(engine, CausalLM.shared(engine.weights))

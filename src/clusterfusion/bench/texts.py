@@ -90,9 +90,11 @@ def dataset_text(name: str = DEFAULT_DATASET) -> str:
     `name` is REPOSITORY[:CONFIGURATION[:SPLIT]] with a column "text"; the split is "test" if left out. Raises
     ArgumentError without the package, or for what it cannot give.
     """
+    if not name.partition(":")[0].strip():
+        raise ArgumentError(f"--dataset is {name!r}; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]")
     if not has_datasets():
         raise ArgumentError(
-            f"the text of {name!r} needs the package datasets, which is not installed; name a file with --text FILE, or "
+            f"the text of the data set {name!r} needs the package datasets, which is not installed; name a file with --text FILE, or "
             "pip install datasets"
         )
     repository, _, rest = name.partition(":")

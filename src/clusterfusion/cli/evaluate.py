@@ -20,6 +20,7 @@ from clusterfusion.cli.output import (
     show_report,
     write_json,
 )
+from clusterfusion.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +57,7 @@ def verify(
 
     progress, command = progress_lines(), command_line()
     check_counts(prompts, runs)
+    at_least("tokens", tokens, 1)
     first_mode = mode_names(modes)[0]
     sides = load_sides(model, random_weights=random_weights, mode=first_mode, dtype=dtype, device=device)
     report = run(sides, progress, modes=modes, prompts=prompts, tokens=tokens, runs=runs, command=command)
@@ -87,6 +89,7 @@ def quality(
     from clusterfusion.bench.texts import read_text
 
     progress, command = progress_lines(), command_line()
+    at_least("tokens", tokens, 1)
     if text is not None:
         read_text(text)  # before a model is loaded
     sides = load_sides(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
@@ -126,6 +129,10 @@ def perplexity(
     from clusterfusion.bench.texts import read_text
 
     progress, command = progress_lines(), command_line()
+    for name, value, least in (("window", window, 2), ("stride", stride, 1), ("max_tokens", max_tokens, 2)):
+        at_least(name, value, least)
+    if text is not None and dataset is not None:
+        raise ArgumentError(f"--text is {str(text)!r} and --dataset is {dataset!r}; give one of them")
     if text is not None:
         read_text(text)  # before a model is loaded
     sides = load_sides(model, mode=mode, dtype=dtype, device=device)
@@ -143,6 +150,12 @@ def perplexity(
     show(report.facts, perplexity_report.table(report), perplexity_report.lines(report), "")
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """What no model could take is refused before one is loaded. Raises ArgumentError."""
+    if value is not None and value < least:
+        raise ArgumentError(f"{name} is {value}; it must be at least {least}")
 
 
 def show(facts: Facts, table: Table | None, lines: Sequence[str], note: str) -> None:

@@ -19,7 +19,9 @@ def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
     ],
-    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt. An empty one begins a text.", show_default=False)
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")] = None,
     file: Annotated[str | None, typer.Option("--file", "-f", help="Read the prompt from a file; - for stdin.")] = None,
     max_new_tokens: Annotated[
@@ -76,7 +78,7 @@ def read_prompt(argument: str | None, option: str | None, file: str | None) -> s
     if file is None or file == "-":
         return _decode(sys.stdin.buffer.read(), "stdin")
     try:
-        return _decode(Path(file).read_bytes(), file)
+        return _decode(Path(file).read_bytes(), f"--file {file}")
     except OSError as error:
         raise ArgumentError(f"--file {file} cannot be read: {error.strerror}") from error
 

@@ -98,28 +98,35 @@ def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[st
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write under another name and rename: whoever interrupts this leaves the file as it was, or the new one. A device or a pipe,
-    which must not be replaced, is written to; ArgumentError for a pipe that nobody reads."""
+    which must not be replaced, is written to. ArgumentError for what cannot be written, and for a pipe that nobody reads."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    if _is_special(file):
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise ArgumentError(
-                f"{str(file)!r} is a pipe that nobody reads; what was measured is not written"
-            ) from error
-        os.set_blocking(descriptor, True)
-        with os.fdopen(descriptor, "wb") as special:
-            special.write(data)
-        return
-    file = file.resolve()
-    part = _part_of(file)
     try:
-        part.write_bytes(data)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+        if _is_special(file):
+            _write_to_special(file, data)
+            return
+        file = file.resolve()
+        part = _part_of(file)
+        try:
+            part.write_bytes(data)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"{str(file)!r} cannot be written ({error.strerror}); what was measured is not there"
+        ) from error
+
+
+def _write_to_special(file: Path, data: bytes) -> None:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise ArgumentError(f"{str(file)!r} is a pipe that nobody reads; what was measured is not written") from error
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as special:
+        special.write(data)
 
 
 def _is_special(file: Path) -> bool:

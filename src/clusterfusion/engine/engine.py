@@ -204,8 +204,9 @@ class Engine:
                 if self.max_seq_len < self.config.max_position
                 else "the model's limit"
             )
+            asked = "one new token" if max_new_tokens is None else f"max_new_tokens {max_new_tokens}"
             raise ContextLengthError(
-                f"a prompt of {prompt_tokens} tokens and {max_new_tokens or 1} new ones do not fit the context of "
+                f"a prompt of {prompt_tokens} tokens and {asked} do not fit the context of "
                 f"{self.max_seq_len} ({limit}); at most {max(room, 0)} new tokens fit"
             )
         return min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens

@@ -62,8 +62,8 @@ def load(
     Raises ArgumentError, CheckpointError, UnsupportedModelError or DeviceError; nothing half-loaded survives.
     """
     if (model is None) == (random_weights is None):
-        got = "neither" if model is None else "both"
-        raise ArgumentError(f"load needs either model or random_weights; {got} was given")
+        got = "neither was" if model is None else "both were"
+        raise ArgumentError(f"load needs either model or random_weights; {got} given")
     wanted_dtype = _parse_dtype(dtype)
     if random_weights is not None:
         return _load_random(random_weights, seed, mode, wanted_dtype, device, max_seq_len)

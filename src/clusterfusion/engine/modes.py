@@ -64,10 +64,10 @@ def why_not(name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.
     """What keeps a mode from running `config`, or None."""
     if name == "reference":
         return None
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels need 16-bit weights, and these are {str(dtype).removeprefix('torch.')}"
     from clusterfusion.jit import decode_step, decoder_block
     from clusterfusion.jit.toolchain import find_toolchain
     from clusterfusion.ops.layer_launch import ELEMENT_TYPES, plan_for

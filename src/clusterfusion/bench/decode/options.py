@@ -96,8 +96,8 @@ def check_source(model: str | None, random_weights: str | None, on_gpu: bool, wh
     Raises ArgumentError unless one of the two is given; DeviceError for a shape that is too large for a CPU.
     """
     if (model is None) == (random_weights is None):
-        got = "neither" if model is None else "both"
-        raise ArgumentError(f"{what} needs either MODEL or --random-weights SHAPE; {got} was given")
+        got = "neither was" if model is None else "both were"
+        raise ArgumentError(f"{what} needs either MODEL or --random-weights SHAPE; {got} given")
     if random_weights is None:
         return None
     config = named_shape(random_weights)
