@@ -129,7 +129,9 @@ def test_context_limits() -> None:
     engine = clusterfusion.load(tiny_gpt_neox(eos_token_id=None), max_seq_len=16)
     assert len(engine.generate(IDS).token_ids) == 12, "by default as many as fit"
     assert len(engine.generate(IDS, 12).token_ids) == 12
-    with pytest.raises(ContextLengthError, match=r"4 tokens and max_new_tokens 13 .* context of 16 .* up to 128.* at most 12"):
+    with pytest.raises(
+        ContextLengthError, match=r"4 tokens and max_new_tokens 13 .* context of 16 .* up to 128.* at most 12"
+    ):
         engine.generate(IDS, 13)
     with pytest.raises(ContextLengthError, match="at most 0 new tokens"):
         engine.generate([1] * 16)
