@@ -136,6 +136,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
         reads.wait();
         mbarrier_arrive_local(&s.empty[at.stage]);
         make_ready();
+        __syncwarp();
         cuda::std::conditional_t<kForm == kFma, LaneSums<__half, 1>, WarpSums<__half, 1>> sums;
 #pragma unroll
         for (int i = 0; i < kVectors; i++) {
@@ -166,6 +167,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
           mbarrier_arrive_local(&s.empty[at.stage]);
         }
         make_ready();
+        __syncwarp();
         cuda::std::conditional_t<kForm == kShared, LaneSums<__half, kTurn>, WarpSums<__half, kTurn>> sums;
 #pragma unroll
         for (int i = 0; i < kSteps; i++) {

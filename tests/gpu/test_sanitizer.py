@@ -115,14 +115,16 @@ for options in {options}:
 PACED = """
 import sys
 sys.path.insert(0, "tests")
+import dataclasses
 import torch
 from clusterfusion import reference
 from clusterfusion.engine.step_decoder import StepDecoder
+from clusterfusion.ops.layer_launch import plan_for
 from tiny_models import tiny_model, weights_of
 options = {"hidden_size": 544, "num_attention_heads": 68, "intermediate_size": 25600}
 weights = weights_of(tiny_model("gpt_neox", **options).to("cuda", torch.float16))
-decoder = StepDecoder(weights, reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda"))
-assert decoder.plan.up_first
+plan = dataclasses.replace(plan_for(weights.config, 0), up_first=True)
+decoder = StepDecoder(weights, reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda"), plan=plan)
 for position in (0, 1, 298):
     assert decoder.step(3, position).isfinite().all()
 assert len(list(decoder.stream(3, 40, 6))) == 6

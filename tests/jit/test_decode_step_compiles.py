@@ -50,7 +50,13 @@ def test_a_step_with_a_fault_compiles_without_spills() -> None:
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a", "sm_120a"])
 @pytest.mark.parametrize(
     ("name", "weight_type"),
-    [("pythia-410m", "float16"), ("pythia-6.9b", "bfloat16"), ("llama-3.2-1b", "float16"), ("llama-3.1-8b", "float16")],
+    [
+        ("pythia-14m", "float16"),
+        ("pythia-410m", "float16"),
+        ("pythia-6.9b", "bfloat16"),
+        ("llama-3.2-1b", "float16"),
+        ("llama-3.1-8b", "float16"),
+    ],
 )
 def test_rows_on_the_tensor_cores_compile_without_spills(
     name: str, weight_type: ElementType, architecture: str

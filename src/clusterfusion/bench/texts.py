@@ -84,14 +84,19 @@ def read_text(file: Path, option: str = "--text") -> str:
     return text
 
 
+def check_dataset_name(name: str) -> None:
+    """Raise ArgumentError for what cannot name a data set."""
+    if not name.partition(":")[0].strip():
+        raise ArgumentError(f"--dataset is {name!r}; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]")
+
+
 def dataset_text(name: str = DEFAULT_DATASET) -> str:
     """The rows of a public data set, with empty lines between, through the `datasets` package.
 
     `name` is REPOSITORY[:CONFIGURATION[:SPLIT]] with a column "text"; the split is "test" if left out. Raises
     ArgumentError without the package, or for what it cannot give.
     """
-    if not name.partition(":")[0].strip():
-        raise ArgumentError(f"--dataset is {name!r}; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]")
+    check_dataset_name(name)
     if not has_datasets():
         raise ArgumentError(
             f"the text of the data set {name!r} needs the package datasets, which is not installed; name a file with --text FILE, or "

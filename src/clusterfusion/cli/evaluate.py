@@ -126,11 +126,15 @@ def perplexity(
     from clusterfusion.bench import perplexity_report
     from clusterfusion.bench.evaluation import load_sides
     from clusterfusion.bench.perplexity import perplexity as run
-    from clusterfusion.bench.texts import read_text
+    from clusterfusion.bench.texts import check_dataset_name, read_text
 
     progress, command = progress_lines(), command_line()
     for name, value, least in (("window", window, 2), ("stride", stride, 1), ("max_tokens", max_tokens, 2)):
         at_least(name, value, least)
+    if window is not None and stride is not None and stride >= window:
+        raise ArgumentError(f"stride is {stride}; it must be less than window, {window}")
+    if dataset is not None:
+        check_dataset_name(dataset)
     if text is not None and dataset is not None:
         raise ArgumentError(f"--text is {str(text)!r} and --dataset is {dataset!r}; give one of them")
     if text is not None:

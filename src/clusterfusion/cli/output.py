@@ -111,10 +111,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArgumentError(
-            f"{str(file)!r} cannot be written ({error.strerror}); what was measured is not there"
-        ) from error
+    except BrokenPipeError:  # the reader of a pipe went away, as of stdout
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ArgumentError(f"{str(file)!r} cannot be written ({why}); what was measured is not there") from error
 
 
 def _write_to_special(file: Path, data: bytes) -> None:

@@ -2,11 +2,13 @@
 //
 // A row's sum: lane l takes the 8-element vectors l, l + 32, ... of the row (of each part of a row longer than a stage),
 // in order, into two sums, of a vector's first four elements and of its last: one would wait for itself at every addition. Then
-// their sum, a butterfly over the lanes, and the parts in order. Which CTA or warp computes a row changes nothing.
+// their sum, a butterfly over the lanes, and the parts in order. On the tensor cores, WarpSums, four lanes' products are one sum of their
+// own order. Which CTA or warp computes a row changes nothing.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda/std/limits>
 #include <cuda/std/type_traits>
 
 #include "collectives/block_sum.cuh"
@@ -112,10 +114,13 @@ struct OperandVector {
   }
 
  private:
-  static __device__ __forceinline__ float bounded(float value) {  // what is too large for fp16 would be no number
+  // A number too large for fp16 would become none; what is none stays so, and is found in the logits.
+  static __device__ __forceinline__ float bounded(float value) {
     constexpr float kMost = 65504.0f;
-    return cuda::std::is_same_v<W, __half> ? fminf(fmaxf(value, -kMost), kMost) : value;
+    const float size = fabsf(value);
+    return cuda::std::is_same_v<W, __half> && size > kMost && size < kInfinite ? copysignf(kMost, value) : value;
   }
+  static constexpr float kInfinite = cuda::std::numeric_limits<float>::infinity();
 };
 
 // What one lane adds up of kRows rows.
