@@ -5,7 +5,9 @@
 //
 // Four forms:
 //   fma         a warp takes a row; x in fp32 in shared memory, read once a row: 16 KB for 8 KB of weights.
-//   tensor      the same on the tensor cores (WarpSums of ops/gemv.cuh), x as two fp16 numbers.
+//   tensor      the same on the tensor cores. Lane 4g + t has 16 bytes of the row, and of x at the same columns: row g of the first operand is
+//               what lanes 4g to 4g + 3 have of the row, column g of the second one what they have of x, once the nearest fp16 values and once
+//               what is left of them. Of the products of rows and columns only those of the same g count. Rows 8 to 15 are a second row's.
 //   shared      four warps take four rows, each a quarter of every row's columns: x is read once for four rows.
 //   shared tensor
 // Every so many rows (a phase) all warps wait, with what they hold, as a decode step waits for its vectors; the ring fills meanwhile.
@@ -32,7 +34,7 @@ constexpr int kColumns = 4096, kRowBytes = kColumns * 2, kStages = 20, kWindow =
 constexpr int kTurn = 4;  // rows, and warps that share them
 __host__ __device__ constexpr int others(int warps) { return warps == 4 ? 8 : 15 - warps; }  // warps that take registers and sleep, but for one lane
 constexpr int kPieceBytes = kRowBytes / kTurn, kSteps = kPieceBytes / 16 / kWarpSize;
-constexpr int kLowAt = kRowBytes;  // of x in fp16, what is left of it
+constexpr int kLowAt = kRowBytes + 64;  // of x in fp16, what is left of it: in other banks than the nearest values
 
 struct Arguments {
   const char* weights;
@@ -44,7 +46,7 @@ struct Arguments {
 template <int kWarps>
 struct Shared {
   alignas(128) char stages[kStages * kRowBytes];
-  alignas(128) char x[kColumns * 4];
+  alignas(128) char x[kColumns * 4 + 128];
   cuda::std::uint64_t full[kStages], empty[kStages], done, go;
   float pieces[2][2][kTurn][kTurn];  // of a team's turn and the one before: row, piece
 };
@@ -55,15 +57,25 @@ struct Place {
   __device__ explicit Place(int row) : stage(row % kStages), parity(row / kStages & 1) {}
 };
 
-// Eight of x's elements.
-template <Form kForm>
-__device__ __forceinline__ auto vector_of(char* x, int index) {
-  if constexpr (on_tensor_cores(kForm)) {
-    return OperandVector<__half, 2>{reinterpret_cast<uint4*>(x), kLowAt / 16}.get(index);
-  } else {
-    return SplitVector{reinterpret_cast<float4*>(x), reinterpret_cast<float4*>(x) + kColumns / 8}.get(index);
-  }
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// sums += the products of two rows' 16 bytes a lane with x's.
+__device__ __forceinline__ void add(float (&sums)[4], const uint4& row, const uint4& other, const uint4& nearest, const uint4& rest) {
+  mma_16x8x16(sums, row.x, other.x, row.y, other.y, nearest.x, nearest.y);
+  mma_16x8x16(sums, row.z, other.z, row.w, other.w, nearest.z, nearest.w);
+  mma_16x8x16(sums, row.x, other.x, row.y, other.y, rest.x, rest.y);
+  mma_16x8x16(sums, row.z, other.z, row.w, other.w, rest.z, rest.w);
+}
+// Of a row's two sums that a lane has, of columns 2t and 2t + 1 of row g: that of column g, or 0.
+__device__ __forceinline__ float diagonal(float even, float odd, int lane) {
+  const int group = lane / 4;
+  return lane % 4 != group / 2 ? 0.0f : group % 2 == 0 ? even : odd;
+}
+__device__ __forceinline__ uint4 vector_of(const char* from, int index) { return reinterpret_cast<const uint4*>(from)[index]; }
 
 template <Form kForm, int kWarps>
 __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) multiply(const Arguments a) {
@@ -122,6 +134,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
       ready = true;
     };
     if constexpr (!is_shared(kForm)) {
+      const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
       for (int row = begin + (warp - begin % kWarps + kWarps) % kWarps; row < end; row += kWarps) {
         constexpr int kVectors = kRowBytes / 16 / kWarpSize;
         uint4 held[kVectors];
@@ -136,14 +149,27 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
         reads.wait();
         mbarrier_arrive_local(&s.empty[at.stage]);
         make_ready();
-        __syncwarp();
-        cuda::std::conditional_t<kForm == kFma, LaneSums<__half, 1>, WarpSums<__half, 1>> sums;
+        if (on_tensor_cores(kForm)) __syncwarp();  // a product takes the whole warp
+        float total[1];
+        if constexpr (kForm == kFma) {
+          LaneSum sum;
 #pragma unroll
-        for (int i = 0; i < kVectors; i++) {
-          const uint4 row[1] = {held[i]};
-          sums.add(row, vector_of<kForm>(s.x, i * kWarpSize + lane));
+          for (int i = 0; i < kVectors; i++) {
+            float w[kVector], v[kVector];
+            unpack8<__half>(held[i], w);
+            x.get(i * kWarpSize + lane).unpack(v);
+            sum.add(w, v);
+          }
+          total[0] = sum.total();
+        } else {
+          float sums[2][4] = {};
+#pragma unroll
+          for (int i = 0; i < kVectors; i++) {
+            const uint4 none = {};
+            add(sums[i % 2], held[i], none, vector_of(s.x, i * kWarpSize + lane), vector_of(s.x + kLowAt, i * kWarpSize + lane));
+          }
+          total[0] = diagonal(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], lane);
         }
-        float total[1] = {sums.total(0, lane)};
         const float value = warp_sums(total, lane);
         if (lane == 0) a.out[first + row] = value;
       }
@@ -167,18 +193,40 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
           mbarrier_arrive_local(&s.empty[at.stage]);
         }
         make_ready();
-        __syncwarp();
-        cuda::std::conditional_t<kForm == kShared, LaneSums<__half, kTurn>, WarpSums<__half, kTurn>> sums;
-#pragma unroll
-        for (int i = 0; i < kSteps; i++) {
-          const uint4 step[kTurn] = {held[i], held[kSteps + i], held[2 * kSteps + i], held[3 * kSteps + i]};
-          sums.add(step, vector_of<kForm>(s.x, (piece * kSteps + i) * kWarpSize + lane));
-        }
+        if (on_tensor_cores(kForm)) __syncwarp();  // a product takes the whole warp
         float totals[kTurn];
+        if constexpr (kForm == kShared) {
+          const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
+          LaneSum sums[kTurn];
 #pragma unroll
-        for (int r = 0; r < kTurn; r++) totals[r] = sums.total(r, lane);
-        const float total = warp_sums(totals, lane);
-        if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns & 1][lane / (kWarpSize / kTurn)][piece] = total;
+          for (int i = 0; i < kSteps; i++) {
+            float v[kVector];
+            x.get((piece * kSteps + i) * kWarpSize + lane).unpack(v);
+#pragma unroll
+            for (int r = 0; r < kTurn; r++) {
+              float w[kVector];
+              unpack8<__half>(held[r * kSteps + i], w);
+              sums[r].add(w, v);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kTurn; r++) totals[r] = sums[r].total();
+          const float total = warp_sums(totals, lane);
+          if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns & 1][lane / (kWarpSize / kTurn)][piece] = total;
+        } else {
+          float sums[2][4] = {};
+#pragma unroll
+          for (int i = 0; i < kSteps; i++) {
+            const int at = (piece * kSteps + i) * kWarpSize + lane;
+            const uint4 nearest = vector_of(s.x, at), rest = vector_of(s.x + kLowAt, at);
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) add(sums[pair], held[2 * pair * kSteps + i], held[(2 * pair + 1) * kSteps + i], nearest, rest);
+          }
+#pragma unroll
+          for (int r = 0; r < kTurn; r++) totals[r] = diagonal(sums[r / 2][r % 2 * 2], sums[r / 2][r % 2 * 2 + 1], lane);
+          const float total = warp_sums(totals, lane);
+          if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns & 1][lane / (kWarpSize / kTurn)][piece] = total;
+        }
         asm volatile("barrier.sync %0, %1;" ::"r"(1 + team), "n"(kTurn * kWarpSize) : "memory");
         if (turns % kTurn == piece && lane < kTurn && base + lane < end) {
           const float(&p)[kTurn] = s.pieces[team][turns & 1][lane];

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
 
-A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,upfirst=0|1,tensor=0|1,fifths=F; what is left out is as the plan has it. A
+A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
 tile is of B bytes, and of K cached tokens; T tiles make a stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
 the time of a layer goes.
 """
@@ -52,7 +52,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=tile, tile_tokens=tokens, stage_tiles=tiles,
-        window_stages=min(window, stages), tensor_rows=bool(knobs.get("tensor", plan.tensor_rows)), fifths_before_cached=knobs.get("fifths", plan.fifths_before_cached), shared_bytes=fixed + stages * stage_room,
+        window_stages=min(window, stages), fifths_before_cached=knobs.get("fifths", plan.fifths_before_cached), shared_bytes=fixed + stages * stage_room,
     )  # fmt: skip
     block.check_plan(made)
     return made

@@ -103,49 +103,6 @@ def test_a_small_ring_keeps_pace(stages: int, window: int) -> None:
     assert tokens[0] == tokens[1]
 
 
-# Of four, two and one rows a tile; of rows that are no whole number of the warp's vectors; of fewer queries than there are hidden elements.
-TENSOR_ROWS = {
-    "pythia-14m": {},
-    "pythia-410m": {},
-    "pythia-2.8b": {"num_layers": 3},
-    "llama-3.1-8b": {"num_layers": 3},
-    "llama-3.2-1b": {"num_layers": 3, "num_heads": 24},
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", TENSOR_ROWS)
-def test_rows_on_the_tensor_cores_are_as_true(shape: str, dtype: torch.dtype) -> None:
-    """What is lost beside fp32 is far below what rounding h to 16 bits costs either way. Several positions: of one token alone, attention's
-    output is the value, which has 16 bits."""
-    config = dataclasses.replace(named_shape(shape), vocab_size=5003, **TENSOR_ROWS[shape])
-    weights = random_weights(config, seed=6, dtype=dtype, device=GPU)
-    plan = plan_for(config, GPU.index)
-    ids = random_token_ids(config.vocab_size, 12)
-    caches = [empty_cache(weights, 16) for _ in range(3)]
-    decoders = [
-        StepDecoder(weights, cache, plan=dataclasses.replace(plan, tensor_rows=tensor_rows))
-        for cache, tensor_rows in zip(caches, (False, True), strict=False)
-    ]
-    errors = torch.zeros(2, dtype=torch.float64)
-    for position, token in enumerate(ids.tolist()):
-        one = torch.tensor([token], device=GPU)
-        truth = reference.forward(weights, one, caches[2], position, dtype=torch.float64).flatten()
-        for which, decoder in enumerate(decoders):
-            logits = decoder.step(token, position)
-            assert torch.equal(logits, decoder.step(token, position))
-            errors[which] += ((logits - truth).abs().mean() / truth.abs().mean()).item()
-    assert errors[1] <= 1.25 * errors[0], errors
-
-
-def test_what_overflows_on_the_tensor_cores_is_an_error_too() -> None:
-    weights = small(layers=2)
-    weights.layers[0].down_weight.fill_(torch.inf)
-    plan = dataclasses.replace(plan_for(weights.config, GPU.index), tensor_rows=True)
-    with pytest.raises(DeviceError, match="logits are not finite"):
-        list(StepDecoder(weights, empty_cache(weights, 64), plan=plan).stream(11, 0, 5))
-
-
 def test_ties_go_to_the_lowest_token() -> None:
     weights = small(layers=1)
     weights.lm_head[17] = weights.lm_head[4001]  # in rows of other CTAs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from jit.test_decoder_block_compiles import CASES
 
@@ -45,22 +43,3 @@ def test_a_traced_step_compiles_without_spills(name: str) -> None:
 def test_a_step_with_a_fault_compiles_without_spills() -> None:
     plan = plan_block(named_shape("pythia-2.8b"), H200)
     check_compiled(step_source(plan, "float16", fault_cta=1), plan, "sm_90a")
-
-
-@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a", "sm_120a"])
-@pytest.mark.parametrize(
-    ("name", "weight_type"),
-    [
-        ("pythia-14m", "float16"),
-        ("pythia-410m", "float16"),
-        ("pythia-6.9b", "bfloat16"),
-        ("llama-3.2-1b", "float16"),
-        ("llama-3.1-8b", "float16"),
-    ],
-)
-def test_rows_on_the_tensor_cores_compile_without_spills(
-    name: str, weight_type: ElementType, architecture: str
-) -> None:
-    """Of one, two and four rows a tile."""
-    plan = dataclasses.replace(plan_block(named_shape(name), H200), tensor_rows=True)
-    check_compiled(step_source(plan, weight_type), plan, architecture)

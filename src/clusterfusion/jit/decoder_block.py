@@ -108,7 +108,6 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
     partition = (plan.ctas, plan.cluster_size, plan.queries, plan.splits, plan.vector_warps, plan.warps)
     ring = (plan.stages, plan.tile_bytes, plan.stage_tiles, plan.window_stages)
     cache = (plan.fifths_before_cached, plan.tile_tokens, plan.shared_bytes)
-    flags = (c.gated_mlp, c.fused_qkv, c.parallel_residual, plan.up_first, plan.tensor_rows)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],
@@ -117,7 +116,7 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
             f"clusterfusion::Pairing::{'neighbours' if c.rotary.neighbours else 'halves'}",
             f"clusterfusion::Norm::{c.norm}",
             f"clusterfusion::Activation::{activation}",
-            *("true" if flag else "false" for flag in flags),
+            *("true" if flag else "false" for flag in (c.gated_mlp, c.fused_qkv, c.parallel_residual, plan.up_first)),
             *map(str, partition + ring + cache),
         )
     )

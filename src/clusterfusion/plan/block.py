@@ -71,7 +71,6 @@ class BlockPlan:
     queries: int  # query heads of a bundle, which a CTA attends together
     splits: int  # CTAs that share a bundle's cached tokens
     up_first: bool  # with parallel residual: up before q, k, v
-    tensor_rows: bool  # rows are multiplied on the tensor cores
     vector_warps: int  # norms, queries, what comes of the tiles
     warps: int  # tile warps: weights times vectors, queries over cached tokens; one producer warp comes on top
     stages: int  # of the ring of weights and cached tokens
@@ -295,7 +294,6 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) ->
         queries=queries,
         splits=splits,
         up_first=config.parallel_residual and up_bytes >= UP_FIRST_BYTES,
-        tensor_rows=False,
         fifths_before_cached=FIFTHS_BEFORE_CACHED,
         **ring._asdict(),
     )

@@ -73,8 +73,8 @@ class Attention : public CtaState<S> {
 
   // The attention's output of all heads, merged from the partials, into shared memory, when the tile warps have done with what
   // is there.
-  template <bool kWhole, typename To>
-  __device__ void load_attention(const To& to, int layer) {
+  template <bool kWhole>
+  __device__ void load_attention(const SplitVector& to, int layer) {
     constexpr int kQuads = S::kQSize / 4, kOfHead = S::kHeadDim / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
     // A thread's quads are of one head, whose scales it needs once.
     constexpr int kTogether = kOwn == 1 ? 1 : kOwn == 2 || kOfHead % 4 != 0 ? 2 : 4;
@@ -126,7 +126,7 @@ class Attention : public CtaState<S> {
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         const float4 v = value[i];
-        to.store(head * kOfHead + quad + i * kApart, make_float4(v.x / sum, v.y / sum, v.z / sum, v.w / sum));
+        to.quad(head * kOfHead + quad + i * kApart) = make_float4(v.x / sum, v.y / sum, v.z / sum, v.w / sum);
       }
     }
   }

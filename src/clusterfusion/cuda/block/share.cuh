@@ -78,13 +78,12 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
 // projection's, which even out what that leaves uneven (up_row). kQueries query heads that share a K/V head make a bundle, all of
 // the group that shares it or a part of it: bundle b is attended by CTAs [b * kSplits, (b + 1) * kSplits), or by the first of them,
-// cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first. With kTensorRows, rows are multiplied
-// on the tensor cores.
+// cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
 //
 // The projection's rows come K/V head by K/V head: the queries of the group, its key, its value. With kFusedQkv they lie so in one
 // matrix; otherwise in three. With kGated, row i of the up projection is a pair: row 2 i of what is streamed is its gate's.
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kKvHeads_, int kHeadDim_, int kRotary_,
-          Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_, bool kTensorRows_,
+          Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_,
           int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kTileBytes_,
           int kStageTiles_, int kWindow_, int kFifthsBeforeCached_, int kTileTokens_, int kSharedBytes_>
 struct BlockShape {
@@ -100,7 +99,7 @@ struct BlockShape {
   static constexpr Pairing kPairing = kPairing_;
   static constexpr Norm kNorm = kNorm_;
   static constexpr Activation kActivation = kActivation_;
-  static constexpr bool kGated = kGated_, kFusedQkv = kFusedQkv_, kParallel = kParallel_, kUpFirst = kUpFirst_, kTensorRows = kTensorRows_;
+  static constexpr bool kGated = kGated_, kFusedQkv = kFusedQkv_, kParallel = kParallel_, kUpFirst = kUpFirst_;
   static_assert(kParallel || !kUpFirst, "sequential residual goes to the up projection by way of o");
   // Warps by their role, in this order: vectors, tiles, and one that fetches.
   static constexpr int kVectorThreads = kVectorWarps * kWarpSize, kTileThreads = kWarps * kWarpSize;
@@ -164,19 +163,12 @@ struct LayerOf {
   __device__ __forceinline__ const LayerTensors& now() const { return layers[opaque(layer)]; }
 };
 
-// Vector `which` of at most kLongest fp32 elements in shared memory, as rows are multiplied by it: with kTensorRows as two of 16 bits.
+// Vector `which` of at most kLongest fp32 elements in shared memory.
 template <typename S>
-__device__ __forceinline__ auto fp32_vector(char* vectors, int which) {
-  char* base = vectors + which * S::kLongest * 4;
-  if constexpr (S::kTensorRows) {
-    return OperandVector<typename S::W, 2>{reinterpret_cast<uint4*>(base), S::kLongest / kVector};
-  } else {
-    float4* low = reinterpret_cast<float4*>(base);
-    return SplitVector{low, low + S::kLongest / kVector};
-  }
+__device__ __forceinline__ SplitVector split_vector(char* vectors, int which) {
+  float4* base = reinterpret_cast<float4*>(vectors + which * S::kLongest * 4);
+  return {base, base + S::kLongest / kVector};
 }
-template <typename S>
-using HiddenVector = cuda::std::conditional_t<S::kTensorRows, OperandVector<typename S::W, 1>, PackedVector<typename S::W>>;
 
 // Where a row of the projection of q, k, v lies when they are three matrices: which one, which row of it, and how many rows of the
 // projection follow one another there from this one on.

@@ -60,7 +60,7 @@ class TileWarps : public CtaState<S> {
         this->await(kAttended, layer);
         begin(TraceEvent::o_begin);
       };
-      gemv_parts<OutTiles>(out_rows(), fp32_vector<S>(s_.vectors, 0), attended, s_.o_sums);
+      gemv_parts<OutTiles>(out_rows(), split_vector<S>(s_.vectors, 0), attended, s_.o_sums);
       this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
@@ -86,7 +86,7 @@ class TileWarps : public CtaState<S> {
     float kept = 0;
     int kept_row = -1;  // what is made of a logit takes one lane as long as all lanes
     gemv<W, HiddenTiles>(
-        ring_, rows, fp32_vector<S>(s_.vectors, 0), lane_, normed, [&](int row, int, float value) { kept = value, kept_row = row; },
+        ring_, rows, split_vector<S>(s_.vectors, 0), lane_, normed, [&](int row, int, float value) { kept = value, kept_row = row; },
         [&] {
           if (kept_row >= 0) out(first + kept_row, kept);
           kept_row = -1;
@@ -108,7 +108,7 @@ class TileWarps : public CtaState<S> {
   template <bool kWhole, typename Ready>
   __device__ void qkv(Ready ready, unsigned epoch) {
     const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
-    gemv_rows<HiddenTiles>(rows, fp32_vector<S>(s_.vectors, 0), ready, [&](int row, float value) {
+    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), ready, [&](int row, float value) {
       const float biased = value + s_.biases[row];
       if constexpr (kWhole) {
         store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
@@ -122,7 +122,7 @@ class TileWarps : public CtaState<S> {
 
   template <bool kWhole, int kFaultCta, typename Ready>
   __device__ void up(Ready ready) {
-    const auto x = fp32_vector<S>(s_.vectors, S::kParallel ? 1 : 0);
+    const SplitVector x = split_vector<S>(s_.vectors, S::kParallel ? 1 : 0);
     int done = 0;  // of the CTA's rows
 #pragma unroll 1
     for (int group = 0; group < kHiddenGroups; group++) {
@@ -158,7 +158,7 @@ class TileWarps : public CtaState<S> {
   template <bool kCachedInside>
   __device__ void down(int layer) {
     const int rows = out_rows();
-    uint4* h_at = reinterpret_cast<uint4*>(s_.vectors + kVectorBytes);
+    const uint4* h_at = reinterpret_cast<const uint4*>(s_.vectors + kVectorBytes);
     trace_.mark(TraceEvent::down_tiles_wait);
     int group = 0;
     const auto brought = [&] {
@@ -166,7 +166,7 @@ class TileWarps : public CtaState<S> {
       if (group == 0) begin(TraceEvent::down_tiles_begin);
     };
     if constexpr (kCachedInside) {
-      const HiddenVector<S> h{h_at};
+      const PackedVector<W> h{h_at};
       const int before = Base::rows_before_cached(rows);
       gemv_parts<DownTiles>(before, h, brought, s_.down_sums);
       cached();
@@ -174,7 +174,7 @@ class TileWarps : public CtaState<S> {
     } else {  // of every row the parts that a group of h is for, then those of the next one
 #pragma unroll 1
       for (; group < kHiddenGroups; group++) {
-        const HiddenVector<S> h{h_at + group * (kGroupColumns / kVector)};
+        const PackedVector<W> h{h_at + group * (kGroupColumns / kVector)};
         gemv_parts<DownTiles, kGroupParts>(rows, h, brought, s_.down_sums + group * kGroupParts);
       }
     }

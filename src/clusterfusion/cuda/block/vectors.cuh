@@ -57,7 +57,7 @@ class VectorWarps : public Attention<S> {
       int layer) {
     constexpr bool kWhole = kSegment == Segment::whole;
     this->begin_layer();
-    const auto x1 = fp32_vector<S>(s_.vectors, 0);
+    const SplitVector x1 = split_vector<S>(s_.vectors, 0);
     const int out_first = rows_from(S::kHidden), out_rows = rows_to(S::kHidden) - out_first;
     trace_.mark(TraceEvent::begin);
     // Read before they are needed: each would cost the trip to memory behind a finished sum.
@@ -237,8 +237,8 @@ class VectorWarps : public Attention<S> {
     for_my_quads<S>(values, [&](int quad, const float* at) {
       const int i = kEarly ? (at - values) / 4 : 0;
       if constexpr (!kEarly) load_norm(quad, 0);
-      fp32_vector<S>(s_.vectors, 0).store(quad, normed(at, t, norm[i][0], norm[i][1]));
-      if constexpr (kBoth) fp32_vector<S>(s_.vectors, 1).store(quad, normed(at, t, norm[i][2], norm[i][3]));
+      split_vector<S>(s_.vectors, 0).quad(quad) = normed(at, t, norm[i][0], norm[i][1]);
+      if constexpr (kBoth) split_vector<S>(s_.vectors, 1).quad(quad) = normed(at, t, norm[i][2], norm[i][3]);
     });
     stage();
   }

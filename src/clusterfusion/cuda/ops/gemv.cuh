@@ -2,19 +2,15 @@
 //
 // A row's sum: lane l takes the 8-element vectors l, l + 32, ... of the row (of each part of a row longer than a stage),
 // in order, into two sums, of a vector's first four elements and of its last: one would wait for itself at every addition. Then
-// their sum, a butterfly over the lanes, and the parts in order. On the tensor cores, WarpSums, four lanes' products are one sum of their
-// own order. Which CTA or warp computes a row changes nothing.
+// their sum, a butterfly over the lanes, and the parts in order. Which CTA or warp computes a row changes nothing.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda/std/limits>
 #include <cuda/std/type_traits>
 
 #include "collectives/block_sum.cuh"
 #include "ops/ring.cuh"
-#include "primitives/mma.cuh"
-#include "primitives/vector.cuh"
 
 namespace clusterfusion {
 
@@ -56,7 +52,6 @@ struct RowTiles {
 // An fp32 vector in shared memory as two arrays of float4: elements 0-3 and 4-7 of each group of eight, so that a warp's
 // 16-byte reads are free of bank conflicts.
 struct SplitVector {
-  static constexpr int kOperands = 0;  // of the tensor cores
   struct Eight {
     float4 low, high;
     __device__ __forceinline__ void unpack(float (&out)[kVector]) const {
@@ -68,13 +63,11 @@ struct SplitVector {
   __device__ __forceinline__ Eight get(int vector) const { return {low[vector], high[vector]}; }
   // Elements 4 * quad to 4 * quad + 3.
   __device__ __forceinline__ float4& quad(int quad) const { return (quad & 1 ? high : low)[quad >> 1]; }
-  __device__ __forceinline__ void store(int at, float4 values) const { quad(at) = values; }
 };
 
 // A vector of 16-bit elements in shared memory.
 template <typename W>
 struct PackedVector {
-  static constexpr int kOperands = 0;
   struct Eight {
     uint4 packed;
     __device__ __forceinline__ void unpack(float (&out)[kVector]) const { unpack8<W>(packed, out); }
@@ -83,67 +76,17 @@ struct PackedVector {
   __device__ __forceinline__ Eight get(int vector) const { return {data[vector]}; }
 };
 
-// A vector for the tensor cores: kOperands arrays of 16-bit elements in shared memory, one after another, whose sum it is: the nearest
-// values and, of an fp32 vector, what is left of them.
-template <typename W, int kOperands_>
-struct OperandVector {
-  static constexpr int kOperands = kOperands_;
-  struct Eight {
-    uint4 of[kOperands];
-  };
-  uint4* data;
-  int apart;  // vectors of eight from one array to the next
-  __device__ __forceinline__ Eight get(int vector) const {
-    Eight eight;
+// What one lane adds up of a row.
+struct LaneSum {
+  float low = 0, high = 0;
+  __device__ __forceinline__ void add(const float (&a)[kVector], const float (&b)[kVector]) {
 #pragma unroll
-    for (int i = 0; i < kOperands; i++) eight.of[i] = data[i * apart + vector];
-    return eight;
-  }
-  // Elements 4 * quad to 4 * quad + 3.
-  __device__ __forceinline__ void store(int quad, float4 values) const {
-    static_assert(kOperands == 2, "of fp32 values");
-    const float from[4] = {values.x, values.y, values.z, values.w};
-    Vector<W, 4> nearest, rest;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      nearest.element[i] = from_float<W>(bounded(from[i]));
-      rest.element[i] = from_float<W>(bounded(from[i] - to_float(nearest.element[i])));
-    }
-    reinterpret_cast<Vector<W, 4>*>(data)[quad] = nearest;
-    reinterpret_cast<Vector<W, 4>*>(data + apart)[quad] = rest;
-  }
-
- private:
-  // A number too large for fp16 would become none; what is none stays so, and is found in the logits.
-  static __device__ __forceinline__ float bounded(float value) {
-    constexpr float kMost = 65504.0f;
-    const float size = fabsf(value);
-    return cuda::std::is_same_v<W, __half> && size > kMost && size < kInfinite ? copysignf(kMost, value) : value;
-  }
-  static constexpr float kInfinite = cuda::std::numeric_limits<float>::infinity();
-};
-
-// What one lane adds up of kRows rows.
-template <typename W, int kRows>
-struct LaneSums {
-  float low[kRows] = {}, high[kRows] = {};
-
-  template <typename Eight>
-  __device__ __forceinline__ void add(const uint4 (&rows)[kRows], const Eight& x) {
-    float b[kVector];
-    x.unpack(b);
-#pragma unroll
-    for (int r = 0; r < kRows; r++) {
-      float a[kVector];
-      unpack8<W>(rows[r], a);
-#pragma unroll
-      for (int k = 0; k < kVector / 2; k++) {
-        low[r] = fmaf(a[k], b[k], low[r]);
-        high[r] = fmaf(a[k + kVector / 2], b[k + kVector / 2], high[r]);
-      }
+    for (int k = 0; k < kVector / 2; k++) {
+      low = fmaf(a[k], b[k], low);
+      high = fmaf(a[k + kVector / 2], b[k + kVector / 2], high);
     }
   }
-  __device__ __forceinline__ float total(int row, int) const { return low[row] + high[row]; }
+  __device__ __forceinline__ float total() const { return low + high; }
 };
 
 // The warp_sum of each of kRows values a lane, 1, 2 or 4, on the kWarpSize / kRows lanes from lane row * kWarpSize / kRows on: while
@@ -165,35 +108,6 @@ __device__ __forceinline__ float warp_sums(float (&values)[kRows], int lane) {
   for (; mask > 0; mask /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], mask);
   return values[0];
 }
-
-// What a warp adds up of kRows rows on the tensor cores, whose lane 4g + t has 16 bytes at a time of a row, and of x at the same columns. Row g
-// of a product's first operand is what lanes 4g to 4g + 3 have of a row, row g + 8 what they have of the next one, column g of the second
-// operand what they have of x. Of the sums, those of a row and a column of the same g count.
-template <typename W, int kRows>
-struct WarpSums {
-  static constexpr int kPairs = (kRows + 1) / 2;
-  float of[kPairs][2][4] = {};  // in two chains: a product waits for the one before it
-
-  template <typename Eight>
-  __device__ __forceinline__ void add(const uint4 (&rows)[kRows], const Eight& x) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; pair++) {
-      const uint4 none = {}, upper = rows[2 * pair], lower = 2 * pair + 1 < kRows ? rows[2 * pair + 1] : none;
-#pragma unroll
-      for (const uint4& b : x.of) {
-        mma_16x8x16(of[pair][0], upper.x, lower.x, upper.y, lower.y, b.x, b.y, W());
-        mma_16x8x16(of[pair][1], upper.z, lower.z, upper.w, lower.w, b.z, b.w, W());
-      }
-    }
-  }
-  // This lane's part of a row's sum: on one lane of four what counts, on the others 0.
-  __device__ __forceinline__ float total(int row, int lane) const {
-    const int group = lane / 4, first = row % 2 * 2;
-    const float even = of[row / 2][0][first] + of[row / 2][1][first];
-    const float odd = of[row / 2][0][first + 1] + of[row / 2][1][first + 1];
-    return lane % 4 != group / 2 ? 0.0f : group % 2 == 0 ? even : odd;
-  }
-};
 
 struct Nothing {
   __device__ __forceinline__ void operator()() const {}
@@ -253,29 +167,29 @@ __device__ __forceinline__ void gemv(
   // Rows base to base + kTogether - 1 of a tile: those that are held, or where they are, at `data`.
   const auto multiply = [&](int tile, int base, const char* data, const Held& held, StageReads& reads) {
     const int part = part_of(tile), vectors = vectors_of(tile);
-    constexpr bool kTensor = X::kOperands > 0;
-    cuda::std::conditional_t<kTensor, WarpSums<W, kTogether>, LaneSums<W, kTogether>> sums;
-    if constexpr (kTensor) __syncwarp();  // a product takes the whole warp, whose lanes leave their waits one by one
+    LaneSum sums[kTogether];
 #pragma unroll kUnrolled
     for (int step = 0; step < kSteps; step++) {
       const int v = step * kWarpSize + lane;
       Eight other = {};
       if (kWhole || v < vectors) other = x.get(part * kRowVectors + v);
-      uint4 packed[kTogether] = {};
+      float b[kVector];
+      other.unpack(b);
 #pragma unroll
       for (int r = 0; r < kTogether; r++) {
         if (Tiles::kRows % kTogether != 0 && base + r >= Tiles::kRows) continue;
+        float a[kVector];
         if constexpr (kHolds) {
-          packed[r] = held.of[r][step];
+          unpack8<W>(held.of[r][step], a);
         } else {
-          packed[r] = load(reads, data, base + r, v, vectors);
+          unpack8<W>(load(reads, data, base + r, v, vectors), a);
         }
+        sums[r].add(a, b);
       }
-      sums.add(packed, other);
     }
     float totals[kTogether];
 #pragma unroll
-    for (int r = 0; r < kTogether; r++) totals[r] = sums.total(r, lane);
+    for (int r = 0; r < kTogether; r++) totals[r] = sums[r].total();
     const float total = warp_sums(totals, lane);
     const int of_tile = base + lane / kGroup, row = tile / kPartsHere * Tiles::kRows + of_tile;
     if (lane % kGroup == turn && of_tile < Tiles::kRows && row < rows) out(row, part, total);

@@ -1,13 +1,10 @@
-// Matrix products of a warp on the tensor cores, with fp32 sums.
+// Matrix products of a warp on the tensor cores, with tf32 operands: fp32 with 10 bits of fraction, which fp16 and bf16 values are
+// exactly. An fp32 value is two of them, to 21 bits.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace clusterfusion {
 
-// The nearest tf32 value, as fp32: fp32 with 10 bits of fraction, which fp16 and bf16 values are exactly. An fp32 value is two of them, to
-// 21 bits.
+// The nearest tf32 value, as fp32.
 __device__ __forceinline__ float to_tf32(float value) {
   unsigned rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
@@ -21,21 +18,6 @@ __device__ __forceinline__ void mma_16x8x8(float (&c)[4], float a0, float a1, fl
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
-// c += a b, a of 16 rows and 16 columns, b of 16 and 8, all of 16 bits. With g = lane / 4 and t = lane % 4, a lane has of a, two neighbours
-// each, (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), of b (2t, g), (2t + 8, g) and the rows below them, and of c what mma_16x8x8 has.
-__device__ __forceinline__ void mma_16x8x16(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_16x8x16(
-    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 }  // namespace clusterfusion
