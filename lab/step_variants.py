@@ -26,7 +26,7 @@ from clusterfusion.jit.decode_step import step_source
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.ops.layer_launch import plan_for
 from clusterfusion.plan import BlockPlan, block, sizes
-from clusterfusion.plan.ring import MORE_IN_FLIGHT
+from clusterfusion.plan.ring import tells_uses_apart
 from clusterfusion.plan.trace import EVENTS, ROLES, passed, trace_words
 from clusterfusion.random_weights import random_weights, uniform
 
@@ -45,7 +45,7 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
     teams = warps // tiles
     stages = min(knobs.get("stages", most), most, 64)
-    stages = stages if stages >= teams + window + MORE_IN_FLIGHT else stages // teams * teams
+    stages = stages if tells_uses_apart(stages, teams, window) else stages // teams * teams
     most_splits = block.MOST_SPLITS if plan.queries == 1 else block.MOST_SHARED_SPLITS
     splits = min(ctas // plan.bundles, most_splits)
     splits = splits // 2 * 2 if splits > 1 else splits

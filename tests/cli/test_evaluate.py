@@ -101,11 +101,6 @@ def test_perplexity_on_demo(tmp_path: Path) -> None:
             "--text is 'a' and --dataset is 'b'; give one",
         ),
         (
-            ("perplexity", "/no/model", "--stride", "8", "--window", "8"),
-            1,
-            "stride is 8; it must be less than window, 8",
-        ),
-        (
             ("perplexity", "/no/model", "--dataset", ":x"),
             1,
             "--dataset is ':x'; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]",

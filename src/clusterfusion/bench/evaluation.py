@@ -11,9 +11,9 @@ from typing import Any
 from clusterfusion import checkpoint
 from clusterfusion.bench.causal_lm import CausalLM
 from clusterfusion.bench.environment import origin
+from clusterfusion.bench.options import require_one_source
 from clusterfusion.engine import Engine, load
 from clusterfusion.engine.loading import DEMO, demo_folder
-from clusterfusion.errors import ArgumentError
 
 FORMAT = 1  # of the JSON; grows when a field changes its meaning or goes away
 _PACE_S = 2.0
@@ -72,9 +72,7 @@ def load_sides(
 
     Raises as `load` does, and ClusterFusionError where transformers is missing or does not load the model.
     """
-    if (model is None) == (random_weights is None):
-        got = "neither was" if model is None else "both were"
-        raise ArgumentError(f"an evaluation needs either MODEL or --random-weights SHAPE; {got} given")
+    require_one_source("an evaluation", model, random_weights)
     engine = load(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
     if model is None:
         return Sides(engine, CausalLM.shared(engine.weights))

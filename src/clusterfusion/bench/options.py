@@ -1,4 +1,4 @@
-"""What `bench layer` is asked to measure, checked before anything is made."""
+"""What `bench layer` is asked to measure, checked before anything is made, and what other commands check likewise."""
 
 from __future__ import annotations
 
@@ -105,3 +105,10 @@ def parse_contexts(
     if not checked or len(set(checked)) < len(checked):
         raise ArgumentError(f"{name} is {contexts!r}; it must hold at least one number of tokens, and none twice")
     return checked
+
+
+def require_one_source(what: str, model: str | None, random_weights: str | None) -> None:
+    """For a command, or whatever `what` is: raise ArgumentError unless one of the two is given."""
+    if (model is None) == (random_weights is None):
+        got = "neither was" if model is None else "both were"
+        raise ArgumentError(f"{what} needs either MODEL or --random-weights SHAPE; {got} given")

@@ -19,6 +19,7 @@ from clusterfusion.bench.agreement import negative_log_likelihood
 from clusterfusion.bench.evaluation import Facts, Pace, Progress, Sides
 from clusterfusion.bench.texts import (
     DEFAULT_DATASET,
+    check_dataset_name,
     dataset_text,
     default_text,
     encode,
@@ -96,13 +97,20 @@ def make_windows(tokens: int, window: int, stride: int) -> list[Window]:
     return made
 
 
+def check_source(text_file: Path | None, dataset: str | None) -> None:
+    """Raise ArgumentError where both are named, and for what cannot name a data set."""
+    if text_file is not None and dataset is not None:
+        raise ArgumentError(f"--text is {str(text_file)!r} and --dataset is {dataset!r}; give one of them")
+    if dataset is not None:
+        check_dataset_name(dataset)
+
+
 def perplexity_text(engine: Engine, text_file: Path | None, dataset: str | None) -> tuple[str, str]:
     """The text and where it comes from: a file, a data set, the demo model's held-out excerpt, or wikitext-2.
 
     Raises ArgumentError where both are named, or nothing is and wikitext-2 cannot be had.
     """
-    if text_file is not None and dataset is not None:
-        raise ArgumentError(f"--text is {str(text_file)!r} and --dataset is {dataset!r}; give one of them")
+    check_source(text_file, dataset)
     if text_file is not None:
         return read_text(text_file), str(text_file)
     if dataset is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,6 @@ from clusterfusion.cli.output import (
     show_report,
     write_json,
 )
-from clusterfusion.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,18 +125,14 @@ def perplexity(
     check_writable(json_file)
     from clusterfusion.bench import perplexity_report
     from clusterfusion.bench.evaluation import load_sides
+    from clusterfusion.bench.perplexity import check_source
     from clusterfusion.bench.perplexity import perplexity as run
-    from clusterfusion.bench.texts import check_dataset_name, read_text
+    from clusterfusion.bench.texts import read_text
 
     progress, command = progress_lines(), command_line()
     for name, value, least in (("window", window, 2), ("stride", stride, 1), ("max_tokens", max_tokens, 2)):
         at_least(name, value, least)
-    if window is not None and stride is not None and stride >= window:
-        raise ArgumentError(f"stride is {stride}; it must be less than window, {window}")
-    if dataset is not None:
-        check_dataset_name(dataset)
-    if text is not None and dataset is not None:
-        raise ArgumentError(f"--text is {str(text)!r} and --dataset is {dataset!r}; give one of them")
+    check_source(text, dataset)
     if text is not None:
         read_text(text)  # before a model is loaded
     sides = load_sides(model, mode=mode, dtype=dtype, device=device)
@@ -158,8 +154,10 @@ def perplexity(
 
 def at_least(name: str, value: int | None, least: int) -> None:
     """What no model could take is refused before one is loaded. Raises ArgumentError."""
-    if value is not None and value < least:
-        raise ArgumentError(f"{name} is {value}; it must be at least {least}")
+    from clusterfusion.arguments import as_int  # with torch, which --help need not wait for
+
+    if value is not None:
+        as_int(name, value, least, sys.maxsize, f"at least {least}")
 
 
 def show(facts: Facts, table: Table | None, lines: Sequence[str], note: str) -> None:

@@ -20,7 +20,7 @@ from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.plan.block_check import ROLES, Role, Step, check, check_coverage, check_progress, of_group
 from clusterfusion.plan.limits import PlanLimits
-from clusterfusion.plan.ring import MORE_IN_FLIGHT, choose_ring, enough_bytes
+from clusterfusion.plan.ring import choose_ring, enough_bytes, tells_uses_apart
 from clusterfusion.plan.sizes import (
     CLUSTER_SIZE,
     ELEMENT_BYTES,
@@ -382,9 +382,8 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
     teams = plan.warps // plan.stage_tiles
-    most = min(plan.window_stages + MORE_IN_FLIGHT, plan.stages)
-    told_apart = plan.stages % teams == 0 or plan.stages >= teams + most
-    check(told_apart, "no wait can see an older use of its stage", (plan.stages, teams, most))
+    told_apart = tells_uses_apart(plan.stages, teams, plan.window_stages)
+    check(told_apart, "no wait can see an older use of its stage", (plan.stages, teams, plan.window_stages))
     check(0 <= plan.fifths_before_cached <= 5, "cached tokens are among the rows of down", plan.fifths_before_cached)
     check(plan.tile_bytes % 128 == 0, "tile alignment", plan.tile_bytes)
     check(c.hidden_size * ELEMENT_BYTES <= plan.tile_bytes, "a row of hidden_size fits a tile", plan.tile_bytes)

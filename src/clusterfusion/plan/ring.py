@@ -78,6 +78,12 @@ def window_bytes(config: DecoderConfig) -> int:
     return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
 
 
+def tells_uses_apart(stages: int, teams: int, window: int) -> bool:
+    """Whether nobody who waits for a stage can see an older use of it (cuda/ops/ring.cuh): it is always the same team's, or the ring holds
+    a stage of every team and all that may be in flight."""
+    return stages % teams == 0 or stages >= teams + min(window + MORE_IN_FLIGHT, stages)
+
+
 def is_scarce(limits: PlanLimits) -> bool:
     return limits.shared_bytes_per_block < SCARCE_SHARED_BYTES
 
@@ -114,7 +120,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     def stages_with(warps: int) -> int:
         room = min(max((limits.shared_bytes_per_block - fixed(warps)) // stage_room, 0), MAX_STAGES)
         teams = warps // stage_tiles
-        return room if room >= teams + window + MORE_IN_FLIGHT else room // teams * teams
+        return room if tells_uses_apart(room, teams, window) else room // teams * teams
 
     def cover(warps: int) -> int:
         stages = stages_with(warps)
@@ -137,8 +143,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     most = max(cover(warps) for _, warps in choices)
     good = [(v, w) for v, w in choices if cover(w) >= GOOD_COVER * most]
     vector_warps, warps = min(
-        good,
-        key=lambda c: (quads(c[0]), -cover(c[1]), max(0, FEWEST_AT_EASE - c[0]), c[0], -c[1]),
+        good, key=lambda c: (quads(c[0]), -cover(c[1]), max(0, FEWEST_AT_EASE - c[0]), c[0], -c[1])
     )
     stages = stages_with(warps)
     return Ring(

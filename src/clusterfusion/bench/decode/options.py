@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from clusterfusion.arguments import as_int
-from clusterfusion.bench.options import ANY_POSITION, parse_contexts, some_contexts
+from clusterfusion.bench.options import ANY_POSITION, parse_contexts, require_one_source, some_contexts
 from clusterfusion.engine import MODES, Engine, load
 from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.named_shapes import named_shape
@@ -95,9 +95,7 @@ def check_source(model: str | None, random_weights: str | None, on_gpu: bool, wh
 
     Raises ArgumentError unless one of the two is given; DeviceError for a shape that is too large for a CPU.
     """
-    if (model is None) == (random_weights is None):
-        got = "neither was" if model is None else "both were"
-        raise ArgumentError(f"{what} needs either MODEL or --random-weights SHAPE; {got} given")
+    require_one_source(what, model, random_weights)
     if random_weights is None:
         return None
     config = named_shape(random_weights)
