@@ -1,23 +1,28 @@
-// What multiplying rows of weights by a vector costs beside the stream that brings them: time, bytes a microsecond when the ring is full, power
-// and clocks. A laboratory tool; rows are of 4096 elements, as those of Pythia-6.9B and LLaMA 8B.
+// What multiplying rows of weights by a vector costs beside the stream that brings them: time, and power. A laboratory tool; rows are of 4096
+// elements, as those of Pythia-6.9B and LLaMA 8B.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90a -I src/clusterfusion/cuda -o shared_rows lab/shared_rows.cu && ./shared_rows
+//     nvcc -O3 -std=c++17 -arch=sm_90a -I src/clusterfusion/cuda -o shared_rows lab/shared_rows.cu && python3 lab/power.py ./shared_rows
 //
-// Four forms:
-//   fma         a warp takes a row; x in fp32 in shared memory, read once a row: 16 KB for 8 KB of weights.
-//   tensor      the same on the tensor cores. Lane 4g + t has 16 bytes of the row, and of x at the same columns: row g of the first operand is
-//               what lanes 4g to 4g + 3 have of the row, column g of the second one what they have of x, once the nearest fp16 values and once
-//               what is left of them. Of the products of rows and columns only those of the same g count. Rows 8 to 15 are a second row's.
-//   shared      four warps take four rows, each a quarter of every row's columns: x is read once for four rows.
-//   shared tensor
+// A form is how many warps there are, how many share a row, each with its piece of the columns, what they do with it, and where they have x:
+//   none       stages are handed back unread
+//   read       and read
+//   multiply   and multiplied by x, in fp32 in shared memory. A warp alone reads x once a row, 16 KB for 8 KB of weights; warps that share
+//              rows take four at a time, and read x once for the four
+//   keep       the same, with x in registers
+//   tensor     all warps share eight rows, lane 4g + t has 16 bytes of row g of each of two blocks of 32 columns: rows g and g + 8 of a product's first
+//              operand. Columns 0 to 2 of the second one are x at the first block as three fp16 numbers, columns 3 to 5 at the second one. Lanes of odd g
+//              take the blocks in the other order, since rows lie a multiple of 128 bytes apart, and use the other columns' sums.
 // Every so many rows (a phase) all warps wait, with what they hold, as a decode step waits for its vectors; the ring fills meanwhile.
+// At the end of each form it reads for 0.6 s and rests before it does again: such a burst is over before the power cap lowers the clocks.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 #include <vector>
 
 #include "ops/gemv.cuh"
@@ -27,14 +32,11 @@ using namespace clusterfusion;
 
 #define CHECK(call) do { cudaError_t e = (call); if (e != cudaSuccess) { printf("%d: %s\n", __LINE__, cudaGetErrorString(e)); exit(1); } } while (0)
 
-enum Form { kFma, kTensor, kShared, kSharedTensor };
-__host__ __device__ constexpr bool on_tensor_cores(Form form) { return form == kTensor || form == kSharedTensor; }
-__host__ __device__ constexpr bool is_shared(Form form) { return form == kShared || form == kSharedTensor; }
-constexpr int kColumns = 4096, kRowBytes = kColumns * 2, kStages = 20, kWindow = 7;
-constexpr int kTurn = 4;  // rows, and warps that share them
+enum Work { kNone, kRead, kMultiply, kKeep, kTensor };
+constexpr const char* kNames[] = {"none", "read", "multiply", "keep", "tensor"};
+constexpr int kColumns = 4096, kRowBytes = kColumns * 2, kStages = 20, kWindow = 7;  // a phase begins with the first warp: 2 * 7 - 1 rows at most from a warp to its next, and a window
+constexpr int kMostTurn = 8;                                                           // rows that warps take together
 __host__ __device__ constexpr int others(int warps) { return warps == 4 ? 8 : 15 - warps; }  // warps that take registers and sleep, but for one lane
-constexpr int kPieceBytes = kRowBytes / kTurn, kSteps = kPieceBytes / 16 / kWarpSize;
-constexpr int kLowAt = kRowBytes + 64;  // of x in fp16, what is left of it: in other banks than the nearest values
 
 struct Arguments {
   const char* weights;
@@ -46,9 +48,10 @@ struct Arguments {
 template <int kWarps>
 struct Shared {
   alignas(128) char stages[kStages * kRowBytes];
-  alignas(128) char x[kColumns * 4 + 128];
+  alignas(128) float x[kColumns];
+  alignas(128) char terms[3][kColumns * 2 + 64];
   cuda::std::uint64_t full[kStages], empty[kStages], done, go;
-  float pieces[2][2][kTurn][kTurn];  // of a team's turn and the one before: row, piece
+  float pieces[kWarps == 8 ? 2 : 1][4][kMostTurn][kWarps];  // of a team's turn and the one before: row, piece
 };
 
 // As ops/ring.cuh has them: stage `row` % kStages, for the `row`th time.
@@ -57,31 +60,18 @@ struct Place {
   __device__ explicit Place(int row) : stage(row % kStages), parity(row / kStages & 1) {}
 };
 
-__device__ __forceinline__ void mma_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ void mma_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// sums += the products of two rows' 16 bytes a lane with x's.
-__device__ __forceinline__ void add(float (&sums)[4], const uint4& row, const uint4& other, const uint4& nearest, const uint4& rest) {
-  mma_16x8x16(sums, row.x, other.x, row.y, other.y, nearest.x, nearest.y);
-  mma_16x8x16(sums, row.z, other.z, row.w, other.w, nearest.z, nearest.w);
-  mma_16x8x16(sums, row.x, other.x, row.y, other.y, rest.x, rest.y);
-  mma_16x8x16(sums, row.z, other.z, row.w, other.w, rest.z, rest.w);
-}
-// Of a row's two sums that a lane has, of columns 2t and 2t + 1 of row g: that of column g, or 0.
-__device__ __forceinline__ float diagonal(float even, float odd, int lane) {
-  const int group = lane / 4;
-  return lane % 4 != group / 2 ? 0.0f : group % 2 == 0 ? even : odd;
-}
-__device__ __forceinline__ uint4 vector_of(const char* from, int index) { return reinterpret_cast<const uint4*>(from)[index]; }
-
-template <Form kForm, int kWarps>
+template <int kWarps, int kTeam, Work kWork>
 __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) multiply(const Arguments a) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<Shared<kWarps>*>(memory);
-  constexpr int kTeam = is_shared(kForm) ? kTurn : 1, kTeams = kWarps / kTeam;
+  constexpr int kTeams = kWarps / kTeam, kTurn = kTeam == 1 ? 1 : kWork == kTensor ? 8 : 4;
+  constexpr int kPieceBytes = kRowBytes / kTeam, kSteps = kPieceBytes / 16 / kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int first = static_cast<long long>(a.rows) * blockIdx.x / gridDim.x;
   const int rows = static_cast<long long>(a.rows) * (blockIdx.x + 1) / gridDim.x - first;
@@ -90,15 +80,16 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
     mbarrier_init(&s.done, kWarps * kWarpSize), mbarrier_init(&s.go, 1);
     mbarrier_init_fence();
   }
-  if (on_tensor_cores(kForm)) {
-    for (int i = threadIdx.x; i < kColumns; i += blockDim.x) {
-      const __half nearest = __float2half(a.x[i]);
-      reinterpret_cast<__half*>(s.x)[i] = nearest;
-      reinterpret_cast<__half*>(s.x + kLowAt)[i] = __float2half(a.x[i] - __half2float(nearest));
+  const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
+  for (int i = threadIdx.x; i < kColumns / 4; i += blockDim.x) x.quad(i) = reinterpret_cast<const float4*>(a.x)[i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kColumns; i += blockDim.x) {
+    float left = a.x[i];
+    for (int term = 0; term < 3; term++, left *= 2048) {
+      const __half value = __float2half(left);
+      reinterpret_cast<__half*>(s.terms[term])[i] = value;
+      left -= __half2float(value);
     }
-  } else {
-    const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
-    for (int i = threadIdx.x; i < kColumns / 4; i += blockDim.x) x.quad(i) = reinterpret_cast<const float4*>(a.x)[i];
   }
   __syncthreads();
   if (warp == kWarps) {  // the producer
@@ -126,117 +117,139 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
   }
   const int team = warp / kTeam, piece = warp % kTeam;
   int turns = 0;
+  unsigned seen = 0;
   for (int phase = 0; phase * a.phase < rows; phase++) {
     const int begin = phase * a.phase, end = min(rows, begin + a.phase);
+    float kept[kSteps][kVector];
     bool ready = false;
     const auto make_ready = [&] {
-      if (!ready) mbarrier_wait_local(&s.go, phase & 1);
+      if (ready) return;
       ready = true;
-    };
-    if constexpr (!is_shared(kForm)) {
-      const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
-      for (int row = begin + (warp - begin % kWarps + kWarps) % kWarps; row < end; row += kWarps) {
-        constexpr int kVectors = kRowBytes / 16 / kWarpSize;
-        uint4 held[kVectors];
-        StageReads reads;
-        const Place at(row);
-        mbarrier_wait_local(&s.full[at.stage], at.parity);
+      mbarrier_wait_local(&s.go, phase & 1);
+      if constexpr (kWork == kKeep) {
 #pragma unroll
-        for (int i = 0; i < kVectors; i++) {
-          held[i] = reinterpret_cast<const uint4*>(s.stages + at.stage * kRowBytes)[i * kWarpSize + lane];
-          reads.saw(held[i].x);
-        }
-        reads.wait();
-        mbarrier_arrive_local(&s.empty[at.stage]);
-        make_ready();
-        if (on_tensor_cores(kForm)) __syncwarp();  // a product takes the whole warp
-        float total[1];
-        if constexpr (kForm == kFma) {
-          LaneSum sum;
-#pragma unroll
-          for (int i = 0; i < kVectors; i++) {
-            float w[kVector], v[kVector];
-            unpack8<__half>(held[i], w);
-            x.get(i * kWarpSize + lane).unpack(v);
-            sum.add(w, v);
-          }
-          total[0] = sum.total();
-        } else {
-          float sums[2][4] = {};
-#pragma unroll
-          for (int i = 0; i < kVectors; i++) {
-            const uint4 none = {};
-            add(sums[i % 2], held[i], none, vector_of(s.x, i * kWarpSize + lane), vector_of(s.x + kLowAt, i * kWarpSize + lane));
-          }
-          total[0] = diagonal(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], lane);
-        }
-        const float value = warp_sums(total, lane);
-        if (lane == 0) a.out[first + row] = value;
+        for (int i = 0; i < kSteps; i++) x.get((piece * kSteps + i) * kWarpSize + lane).unpack(kept[i]);
       }
-    } else {
-      // Turn t of a phase is of the team t % kTeams, so that every phase begins with the first one.
-      for (int base = begin + team * kTurn; base < end; base += kTeams * kTurn, turns++) {
-        uint4 held[kTurn * kSteps];
-#pragma unroll
-        for (int r = 0; r < kTurn; r++) {
-          if (base + r >= end) break;
-          StageReads reads;
-          const Place at(base + r);
+    };
+    if constexpr (kWork == kTensor) {
+      static_assert(kTeam == kWarps, "all warps take all rows");
+      constexpr int kPairs = kColumns / 64 / kWarps;
+      const int group = lane / 4, odd = group & 1, quad = lane % 4;
+      for (int base = begin; base < end; base += 8, turns++) {
+        const int mine = base + group;
+        const bool there = mine < end;
+        const Place at(mine);
+        uint4 held[2 * kPairs] = {};
+        StageReads reads;
+        if (there) {
           mbarrier_wait_local(&s.full[at.stage], at.parity);
-          const uint4* data = reinterpret_cast<const uint4*>(s.stages + at.stage * kRowBytes + piece * kPieceBytes);
+          const uint4* data = reinterpret_cast<const uint4*>(s.stages + at.stage * kRowBytes) + warp * kPairs * 8 + quad;
+#pragma unroll
+          for (int i = 0; i < kPairs; i++) {
+            held[2 * i] = data[i * 8 + odd * 4];
+            held[2 * i + 1] = data[i * 8 + (odd ^ 1) * 4];
+            reads.saw(held[2 * i].x), reads.saw(held[2 * i + 1].x);
+          }
+          reads.wait();
+          asm volatile("mbarrier.arrive.shared.b64 _, [%0], 8;" ::"r"(shared_address(&s.empty[at.stage])) : "memory");
+        }
+        __syncwarp();
+        make_ready();
+        __syncwarp();
+        float sums[2][4] = {};
+        const char* terms = s.terms[group % 3] + (group / 3 & 1) * 64 + quad * 16 + warp * kPairs * 128;
+#pragma unroll
+        for (int i = 0; i < kPairs; i++) {
+          uint4 b = {};
+          if (group < 6) b = *reinterpret_cast<const uint4*>(terms + i * 128);
+          mma_16x8x16(sums[0], held[2 * i].x, held[2 * i + 1].x, held[2 * i].y, held[2 * i + 1].y, b.x, b.y);
+          mma_16x8x16(sums[1], held[2 * i].z, held[2 * i + 1].z, held[2 * i].w, held[2 * i + 1].w, b.z, b.w);
+        }
+        // Columns 2 quad and 2 quad + 1 of rows group and group + 8; those of the first block are 0 to 2, of the second one 3 to 5.
+        constexpr float k1 = 1.0f / 2048, k2 = k1 * k1;
+        const float f0 = sums[0][0] + sums[1][0], f1 = sums[0][1] + sums[1][1], s0 = sums[0][2] + sums[1][2], s1 = sums[0][3] + sums[1][3];
+        const float a0 = odd ? s0 : f0, a1 = odd ? s1 : f1, b0 = odd ? f0 : s0, b1 = odd ? f1 : s1;  // a: with the first block
+        float total = quad == 0 ? a0 + a1 * k1 : quad == 1 ? a0 * k2 + b1 : quad == 2 ? b0 * k1 + b1 * k2 : 0.0f;
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
+        if (quad == 0) s.pieces[0][turns % 4][group][warp] = total;
+        if (turns % kWarps == warp) {
+          asm volatile("barrier.sync %0, %1;" ::"r"(1 + turns % 4), "n"(kWarps * kWarpSize) : "memory");
+          if (lane < 8 && base + lane < end) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < kWarps; i++) sum += s.pieces[0][turns % 4][lane][i];
+            a.out[first + base + lane] = sum;
+          }
+        } else {
+          asm volatile("barrier.arrive %0, %1;" ::"r"(1 + turns % 4), "n"(kWarps * kWarpSize) : "memory");
+        }
+      }
+      make_ready();
+      mbarrier_arrive_local(&s.done);
+      continue;
+    }
+    for (int base = begin + team * kTurn; kWork != kTensor && base < end; base += kTeams * kTurn, turns++) {
+      uint4 held[kTurn * kSteps];
+#pragma unroll
+      for (int r = 0; r < kTurn; r++) {
+        if (base + r >= end) break;
+        StageReads reads;
+        const Place at(base + r);
+        mbarrier_wait_local(&s.full[at.stage], at.parity);
+        const uint4* data = reinterpret_cast<const uint4*>(s.stages + at.stage * kRowBytes + piece * kPieceBytes);
+        if constexpr (kWork != kNone) {
 #pragma unroll
           for (int i = 0; i < kSteps; i++) {
             held[r * kSteps + i] = data[i * kWarpSize + lane];
             reads.saw(held[r * kSteps + i].x);
+            if constexpr (kWork == kRead) seen ^= held[r * kSteps + i].x ^ held[r * kSteps + i].y ^ held[r * kSteps + i].z ^ held[r * kSteps + i].w;
           }
-          reads.wait();
-          mbarrier_arrive_local(&s.empty[at.stage]);
         }
-        make_ready();
-        if (on_tensor_cores(kForm)) __syncwarp();  // a product takes the whole warp
-        float totals[kTurn];
-        if constexpr (kForm == kShared) {
-          const SplitVector x{reinterpret_cast<float4*>(s.x), reinterpret_cast<float4*>(s.x) + kColumns / 8};
-          LaneSum sums[kTurn];
+        reads.wait();
+        mbarrier_arrive_local(&s.empty[at.stage]);
+      }
+      make_ready();
+      if constexpr (kWork == kMultiply || kWork == kKeep) {
+        LaneSum sums[kTurn];
 #pragma unroll
-          for (int i = 0; i < kSteps; i++) {
-            float v[kVector];
+        for (int i = 0; i < kSteps; i++) {
+          float v[kVector];
+          if constexpr (kWork == kKeep) {
+#pragma unroll
+            for (int k = 0; k < kVector; k++) v[k] = kept[i][k];
+          } else {
             x.get((piece * kSteps + i) * kWarpSize + lane).unpack(v);
-#pragma unroll
-            for (int r = 0; r < kTurn; r++) {
-              float w[kVector];
-              unpack8<__half>(held[r * kSteps + i], w);
-              sums[r].add(w, v);
-            }
           }
 #pragma unroll
-          for (int r = 0; r < kTurn; r++) totals[r] = sums[r].total();
-          const float total = warp_sums(totals, lane);
-          if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns & 1][lane / (kWarpSize / kTurn)][piece] = total;
-        } else {
-          float sums[2][4] = {};
-#pragma unroll
-          for (int i = 0; i < kSteps; i++) {
-            const int at = (piece * kSteps + i) * kWarpSize + lane;
-            const uint4 nearest = vector_of(s.x, at), rest = vector_of(s.x + kLowAt, at);
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) add(sums[pair], held[2 * pair * kSteps + i], held[(2 * pair + 1) * kSteps + i], nearest, rest);
+          for (int r = 0; r < kTurn; r++) {
+            float w[kVector];
+            unpack8<__half>(held[r * kSteps + i], w);
+            sums[r].add(w, v);
           }
-#pragma unroll
-          for (int r = 0; r < kTurn; r++) totals[r] = diagonal(sums[r / 2][r % 2 * 2], sums[r / 2][r % 2 * 2 + 1], lane);
-          const float total = warp_sums(totals, lane);
-          if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns & 1][lane / (kWarpSize / kTurn)][piece] = total;
         }
-        asm volatile("barrier.sync %0, %1;" ::"r"(1 + team), "n"(kTurn * kWarpSize) : "memory");
-        if (turns % kTurn == piece && lane < kTurn && base + lane < end) {
-          const float(&p)[kTurn] = s.pieces[team][turns & 1][lane];
-          a.out[first + base + lane] = (p[0] + p[1]) + (p[2] + p[3]);
+        float totals[kTurn];
+#pragma unroll
+        for (int r = 0; r < kTurn; r++) totals[r] = sums[r].total();
+        const float total = warp_sums(totals, lane);
+        if constexpr (kTeam == 1) {
+          if (lane == 0) a.out[first + base] = total;
+        } else {
+          if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns % 4][lane / (kWarpSize / kTurn)][piece] = total;
+          asm volatile("barrier.sync %0, %1;" ::"r"(1 + team), "n"(kTeam * kWarpSize) : "memory");
+          if (turns % kTeam == piece && lane < kTurn && base + lane < end) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < kTeam; i++) sum += s.pieces[team][turns % 4][lane][i];
+            a.out[first + base + lane] = sum;
+          }
         }
       }
     }
     make_ready();
     mbarrier_arrive_local(&s.done);
   }
+  if (kWork == kRead && seen == 12345) a.out[0] = 1;
 }
 
 struct Device {
@@ -246,16 +259,11 @@ struct Device {
   int ctas;
 };
 
-// A program's output, a line.
-static void ask(const char* command, char* line, int size) {
-  FILE* f = popen(command, "r");
-  if (f == nullptr || fgets(line, size, f) == nullptr) snprintf(line, size, "?\n");
-  if (f != nullptr) pclose(f);
-}
+double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
-template <Form kForm, int kWarps>
-void measure(const char* name, const Device& d, int rows, const std::vector<__half>& weights, const std::vector<float>& x) {
-  const auto kernel = multiply<kForm, kWarps>;
+template <int kWarps, int kTeam, Work kWork>
+void measure(const Device& d, int rows, const std::vector<__half>& weights, const std::vector<float>& x) {
+  const auto kernel = multiply<kWarps, kTeam, kWork>;
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<kWarps>)));
   const auto launch = [&](int phase, int pause) {
     kernel<<<d.ctas, (kWarps + 1 + others(kWarps)) * kWarpSize, sizeof(Shared<kWarps>)>>>({d.weights, d.x, d.out, rows, phase, pause});
@@ -267,7 +275,7 @@ void measure(const char* name, const Device& d, int rows, const std::vector<__ha
   CHECK(cudaMemcpy(out.data(), d.out, rows * sizeof(float), cudaMemcpyDeviceToHost));
   double worst = 0;
   const int known = weights.size() / kColumns;  // rows repeat
-  for (int row = 0; row < rows; row += row < 4096 ? 1 : 997) {
+  for (int row = 0; row < rows && kWork >= kMultiply; row += row < 4096 ? 1 : 997) {
     double sum = 0, size = 0;
     for (int i = 0; i < kColumns; i++) {
       const double term = static_cast<double>(__half2float(weights[static_cast<size_t>(row % known) * kColumns + i])) * x[i];
@@ -275,7 +283,7 @@ void measure(const char* name, const Device& d, int rows, const std::vector<__ha
     }
     worst = std::max(worst, std::isnan(out[row]) ? 1e9 : std::fabs(out[row] - sum) / size);
   }
-  printf("%-7s %d warps: error %.2g of the sum of sizes\n", name, kWarps, worst);
+  printf("%s, %d warps, %d share a row: error %.2g of the sum of sizes\n", kNames[kWork], kWarps, kTeam, worst);
   cudaEvent_t start, end;
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&end));
@@ -294,17 +302,22 @@ void measure(const char* name, const Device& d, int rows, const std::vector<__ha
       }
       std::sort(times.begin(), times.end());
       const double ms = times[times.size() / 2], bytes = static_cast<double>(rows) * kRowBytes;
-      printf("  a wait of %5d clocks every %10d rows: %.4f ms, %.3f TB/s, %.2f us a phase\n", pause, phase, ms, bytes / ms / 1e9,
-             ms * 1e3 / std::max(1.0, static_cast<double>(rows) / d.ctas / phase));
+      printf("  a wait of %5d clocks every %10d rows: %.4f ms, %.3f TB/s\n", pause, phase, ms, bytes / ms / 1e9);
     }
   }
-  for (int i = 0; i < 2500; i++) launch(1 << 30, 0);  // some two seconds
-  char line[200];
-  for (int i = 0; i < 3; i++) {
-    ask("sleep 0.3; nvidia-smi --query-gpu=power.draw,clocks.sm --format=csv,noheader", line, sizeof(line));
-    printf("  streaming: %s", line);
+  for (int burst = 0; burst < 3; burst++) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1200));
+    const double began = now();
+    double ended = began;
+    int launches = 0;
+    while (ended - began < 0.6) {
+      for (int i = 0; i < 20; i++, launches++) launch(1 << 30, 0);
+      CHECK(cudaDeviceSynchronize());
+      ended = now();
+    }
+    printf("burst %.3f %.3f %.4f TB/s %s, %d warps, %d share a row\n", began, ended,
+           static_cast<double>(rows) * kRowBytes * launches / (ended - began) / 1e12, kNames[kWork], kWarps, kTeam);
   }
-  CHECK(cudaDeviceSynchronize());
 }
 
 int main() {
@@ -330,9 +343,10 @@ int main() {
   }
   CHECK(cudaMemcpy(on_device, x.data(), kColumns * sizeof(float), cudaMemcpyHostToDevice));
   d.weights = memory, d.x = on_device, d.out = out;
-  measure<kFma, 7>("fma", d, rows, weights, x);
-  measure<kTensor, 7>("tensor", d, rows, weights, x);
-  measure<kShared, 8>("shared", d, rows, weights, x);
-  measure<kSharedTensor, 8>("shared tensor", d, rows, weights, x);
-  measure<kSharedTensor, 4>("shared tensor", d, rows, weights, x);
+  measure<7, 1, kNone>(d, rows, weights, x);
+  measure<7, 1, kRead>(d, rows, weights, x);
+  measure<7, 1, kMultiply>(d, rows, weights, x);
+  measure<8, 4, kMultiply>(d, rows, weights, x);
+  measure<8, 4, kKeep>(d, rows, weights, x);
+  measure<8, 8, kTensor>(d, rows, weights, x);
 }

@@ -1,6 +1,6 @@
 """Times whole-step plans on one GPU, in turn, beside the read ceiling of the same run: a laboratory tool.
 
-    PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [VARIANT ...]
+    PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [--bursts N] [VARIANT ...]
 
 A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
 tile is of B bytes, and of K cached tokens; T tiles make a stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--bursts", type=int, default=0, help="of 0.6 s each, for lab/power.py")
     parser.add_argument("variants", nargs="*", default=[""])
     arguments = parser.parse_intermixed_args()
     device = torch.device("cuda", 0)
@@ -130,6 +131,13 @@ def main() -> None:
             f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}",
             flush=True,
         )
+    for _, (name, decoder) in itertools.product(range(arguments.bursts), decoders.items()):
+        time.sleep(1.2)
+        start = ended = time.time()
+        while ended - start < 0.6:
+            list(decoder.stream(7, arguments.context, arguments.steps))
+            ended = time.time()
+        print(f"burst {start:.3f} {ended:.3f} {name}")
     if arguments.trace:
         show_trace(base, weights, cache, arguments.context)
 

@@ -199,6 +199,34 @@ def test_the_general_call(name: str, pairing: str) -> None:
         assert (results[0][0].double() - exact[0]).norm() < 2e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
+@pytest.mark.parametrize("gated", [False, True], ids=["without a gate", "gated"])
+def test_other_layers_with_rms_norm(gated: bool, parallel: bool) -> None:
+    """What decoder_layer takes and no model has: both forms give the same bits, near the reference's in float64."""
+    weights = weights_of(tiny_llama(**TINY["attention biases"]).to(GPU, torch.float16))
+    layer = weights.layers[0] if gated else dataclasses.replace(weights.layers[0], gate_weight=None, gate_bias=None)
+    c = dataclasses.replace(weights.config, gated_mlp=gated, parallel_residual=parallel)
+    room = 300
+    cos, sin = reference.rotary_tables(c.rotary, torch.arange(room, device=GPU), torch.float32)
+    for position in (0, 1, 100, 299):
+        x = torch.randn(c.hidden_size, device=GPU)
+        noise = torch.randn(2, c.num_kv_heads, room, c.head_dim, device=GPU).half()
+        split, fused = (
+            clusterfusion.decoder_layer(
+                x, layer, *(t.clone() for t in noise), position, cos, sin, rotary_dim=c.rotary.dim, eps=c.norm_eps,
+                activation="silu", parallel_residual=parallel, form=form,
+            )
+            for form in ("split", "fused")
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(split, fused, strict=True))
+        k, v = (t.double() for t in noise)
+        row_cos, row_sin = (t[position : position + 1].double() for t in (cos, sin))
+        exact = reference.decoder_layer(
+            c, layer, x[None].double(), row_cos, row_sin, k, v, position, dtype=torch.float64
+        )
+        assert (split[0].double() - exact[0]).norm() < 2e-3 * exact.norm()
+
+
 def test_a_shared_model_is_not_copied() -> None:
     config = dataclasses.replace(named_shape("llama-3.2-1b"), num_layers=2)
     model = real_llama(config, torch.bfloat16, GPU)

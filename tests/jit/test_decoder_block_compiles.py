@@ -28,6 +28,9 @@ FIVE_WIDE_HEADS = dataclasses.replace(
 SIX_HEADS = dataclasses.replace(
     named_shape("tinyllama-1.1b"), num_heads=12, num_kv_heads=2, head_dim=128, rotary=RotaryConfig(nominal_dim=128)
 )
+PLAIN = dataclasses.replace(named_shape("llama-3.2-1b"), gated_mlp=False)
+SIDE_BY_SIDE = dataclasses.replace(named_shape("llama-3.2-1b"), parallel_residual=True)
+PLAIN_SIDE_BY_SIDE = dataclasses.replace(PLAIN, parallel_residual=True)
 NEIGHBOURS = dataclasses.replace(named_shape("llama-2-7b"), rotary=RotaryConfig(nominal_dim=128, neighbours=True))
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
@@ -58,6 +61,9 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("LLaMA, six heads of 128", SIX_HEADS, H200, "sm_90a", "float16", "float32"),
     ("LLaMA, six heads of 128", SIX_HEADS, RTX_5090, "sm_120a", "bfloat16", "float32"),
     ("SmolLM", named_shape("smollm-135m"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("RMSNorm without a gate", PLAIN, H200, "sm_90a", "float16", "float32"),
+    ("RMSNorm, parallel residual", SIDE_BY_SIDE, H200, "sm_90a", "bfloat16", "float32"),
+    ("RMSNorm without a gate, parallel residual", PLAIN_SIDE_BY_SIDE, H200, "sm_90a", "float16", "float32"),
 ]
 
 

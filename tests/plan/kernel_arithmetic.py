@@ -78,8 +78,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float, warps: int) -> 
     return undeal(fma(fma(values, scales, shifts), deal(weight), deal(bias)), hidden)
 
 
-def rms_norm(x: Array, weight: Array, eps: float, warps: int) -> Array:
-    """The same with RMSNorm."""
+def rms_scale(x: Array, eps: float, warps: int) -> Array:
+    """What RMSNorm multiplies a vector by: [1]."""
     hidden, dtype = len(x), x.dtype.type
     _, deal, block_sum = _dealt(hidden, warps)
     values = deal(x)
@@ -87,8 +87,7 @@ def rms_norm(x: Array, weight: Array, eps: float, warps: int) -> Array:
     for row in values:
         squares = fma(row, row, squares)
     mean = block_sum(squares) * (dtype(1) / dtype(hidden))
-    scale = dtype(1 / math.sqrt(float(mean) + eps)) if mean == mean else dtype(math.nan)
-    return undeal(values * scale * deal(weight), hidden)
+    return np.array([1 / math.sqrt(float(mean) + eps) if mean == mean else math.nan], dtype)
 
 
 def _dealt(hidden: int, warps: int) -> tuple[Array, Callable[[Array], Array], Callable[[Array], Array]]:

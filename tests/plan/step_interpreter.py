@@ -56,7 +56,7 @@ class Memory:
         return values if rows is None else values[rows.start : rows.stop]
 
     def complete(self, name: str, version: int, rows: range) -> bool:
-        """Whether these rows have this version: what a poll of value and epoch sees."""
+        """Whether these rows have this version: what a poll of tagged values sees."""
         return bool((self._versions[name][version % len(self._values[name]), rows.start : rows.stop] == version).all())
 
 
@@ -185,7 +185,7 @@ class Cta:
         self.shared: dict[str, tuple[tuple[str, int], Array]] = {}  # places: what is there
         self.loaded: dict[str, Array] = {}
         self.own = np.empty(0)  # the CTA's rows of x, then of middle
-        self.partial = self.qkv = np.empty(0)
+        self.partial = self.qkv = self.logits = np.empty(0)
         self.down_shape: tuple[int, ...] = ()
         self.new: tuple[Array, Array, Array] = (np.empty(0),) * 3  # the new token's queries, key and value
 
@@ -193,7 +193,7 @@ class Cta:
         """By parity, an await of round n passes when n is the last complete round, or n - 2, and so on."""
         if wait.kind == "await":
             return self.rounds[wait.label] % 2 != wait.layer % 2
-        if wait.name in step.PAIRS:
+        if wait.name in step.TAGGED:
             name, version = step.version(self.plan, wait.name, wait.layer)
             return self.s.memory.complete(name, version, wait.rows)
         return self.s.counters[self._counter(wait)] >= wait.target
@@ -247,6 +247,11 @@ class Cta:
             self.new = queries, key, value
             if self.split == 0:
                 self.s.new_keys[layer, self.kv_head], self.s.new_values[layer, self.kv_head] = key, value
+        elif name in ("scale", "middle_scale"):
+            of = self.loaded["x" if name == "scale" else "middle"]
+            self.put(name, name, layer, kernel.rms_scale(of, self.config.norm_eps, self.plan.vector_warps))
+            if name == "scale":
+                self.put("biases", "biases", layer, np.zeros(1, self.s.dtype))
         elif name == "middle_normed":
             weights = self.s.weights.layers[layer]
             normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
@@ -259,7 +264,8 @@ class Cta:
             self.put("x1", name, layer, self.norm("x", weights.input_norm_weight, weights.input_norm_bias))
             if self.config.parallel_residual:
                 self.put("x2", name, layer, self.norm("x", weights.post_norm_weight, weights.post_norm_bias))
-            self.put("biases", "biases", layer, np.zeros(1, self.s.dtype))
+            if self.config.norm != "rms_norm":
+                self.put("biases", "biases", layer, np.zeros(1, self.s.dtype))
 
     # -- reads
 
@@ -271,14 +277,13 @@ class Cta:
         parts = step.row_parts(self.plan, action.name)
         if action.name == "lm_head":
             x = self.find("x1", "normed", layer)
-            s.memory.write("logits", rows, layer, kernel.gemv(s.rows(s.weights.lm_head, rows), x, parts)[:, 0])
+            self.logits = kernel.gemv(s.rows(s.weights.lm_head, rows), x, parts)[:, 0]
             return
         weights = s.weights.layers[layer]
         if action.name == "qkv":
             x = self.find("x1", "normed", layer)
-            weight, bias = s.projection(layer)
-            value = kernel.gemv(s.rows(weight, rows), x, parts)[:, 0]
-            self.qkv = value + self.bias(bias, layer, rows)
+            weight, _ = s.projection(layer)
+            self.qkv = kernel.gemv(s.rows(weight, rows), x, parts)[:, 0]
         elif action.name == "up":
             of = ("x2", "normed") if self.config.parallel_residual else ("x1", "middle_normed")
             x = self.find(*of, layer)
@@ -287,7 +292,7 @@ class Cta:
                 gate = kernel.gemv(s.rows(weights.gate_weight, rows), x, parts)[:, 0]
                 self.put(of_group("up_sums", group), "up", layer, np.stack((gate, value)))
                 return
-            h = self.activation(value + self.bias(weights.up_bias, layer, rows))
+            h = self.activation(self.scaled(value, self.scale_of_up, layer, self.bias(weights.up_bias, layer, rows)))
             s.memory.write("h", rows, layer, s.rounded(h))
         elif action.name == "o":
             x = self.find("x1", "attended", layer)
@@ -310,10 +315,19 @@ class Cta:
         layer, rows = action.layer, action.rows
         weights = self.s.weights.layers[layer]
         sums = np.broadcast_to(self.find(of_group("up_sums", action.group), "up", layer), (2, len(rows)))
-        gate = self.activation(sums[0] + self.bias(weights.gate_bias, layer, rows))
-        self.s.memory.write(
-            "h", rows, layer, self.s.rounded(gate * (sums[1] + self.bias(weights.up_bias, layer, rows)))
-        )
+        gate = self.scaled(sums[0], self.scale_of_up, layer, self.bias(weights.gate_bias, layer, rows))
+        up = self.scaled(sums[1], self.scale_of_up, layer, self.bias(weights.up_bias, layer, rows))
+        self.s.memory.write("h", rows, layer, self.s.rounded(self.activation(gate) * up))
+
+    @property
+    def scale_of_up(self) -> str:
+        return "scale" if self.config.parallel_residual else "middle_scale"
+
+    def scaled(self, sums: Array, scale: str, layer: int, biases: Array) -> Array:
+        """CtaState::scaled: sums over a normed vector, an RMSNorm's factor and biases."""
+        if self.config.norm != "rms_norm":
+            return sums + biases
+        return kernel.fma(sums, np.broadcast_to(self.find(scale, scale, layer), sums.shape), biases)
 
     def activation(self, x: Array) -> Array:
         name = self.config.activation
@@ -330,10 +344,10 @@ class Cta:
         return self.s.memory.read(stream, version)
 
     def norm(self, of: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Array:
-        """A vector that has been loaded, normed. The two norms of parallel residual share one load."""
+        """A vector that has been loaded, normed, but for an RMSNorm's factor. The two norms of parallel residual share one load."""
         w, eps, warps = self.s.array(weight), self.config.norm_eps, self.plan.vector_warps
         if self.config.norm == "rms_norm":
-            return kernel.rms_norm(self.loaded[of], w, eps, warps)
+            return self.loaded[of] * w
         assert bias is not None
         return kernel.layer_norm(self.loaded[of], w, self.s.array(bias), eps, warps)
 
@@ -417,6 +431,9 @@ class Cta:
             for q, head in enumerate(self.heads):
                 at = head * self.plan.partials_per_head + self.split // merged
                 s.memory.write("partials", at, layer, kernel.merge(inbox[:, q]))
+        if action.name == "token":
+            rows = self.plan.rows(self.config.vocab_size, self.cta)
+            s.memory.write("logits", rows, layer, self.scaled(self.logits, "scale", layer, np.zeros_like(self.logits)))
         s.counters[self._counter(action)] += 1
         if action.name == "token" and s.counters["token", 0] == self.plan.ctas:
             s.chosen = int(s.memory.read("logits", layer).argmax())
@@ -425,7 +442,8 @@ class Cta:
         """The CTA's rows of q, k, v, of x of the next layer, or of the residual between attention and MLP."""
         name, version = step.version(self.plan, action.name, action.layer)
         if action.name == "qkv":
-            self.s.memory.write(name, action.rows, version, self.qkv)
+            bias = self.bias(self.s.projection(action.layer)[1], action.layer, action.rows)
+            self.s.memory.write(name, action.rows, version, self.scaled(self.qkv, "scale", action.layer, bias))
             return
         of_layer = action.layer - (action.name == "x")
         weights = self.s.weights.layers[of_layer]

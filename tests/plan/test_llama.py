@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.orders import TILE_A_STAGE
+from plan.orders import ORDERS, TILE_A_STAGE, in_order
 from plan.refusals import check_refusal
 from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_llama, weights_of
@@ -24,7 +24,7 @@ from clusterfusion.errors import UnsupportedModelError
 from clusterfusion.named_shapes import NAMED_SHAPES, named_shape
 from clusterfusion.plan import B200, H200, RTX_5090, BlockPlan, PlanLimits, balance, check_plan, check_step, plan_block
 from clusterfusion.plan import step as schedules
-from clusterfusion.plan.block import Role
+from clusterfusion.plan.block import ROLES, Order, Role
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_check import buffers_needed, prove, run_step
 from clusterfusion.weights import DecoderWeights
@@ -147,6 +147,7 @@ WITHOUT = {
     ("await", "expanded"): "up_sums of CTA .* holds|x2 of CTA .* is not written over|is awaited in every layer",
     ("wait", "hidden"): "h of layer . is complete before its use",
     ("wait", "qkv"): "qkv of layer . is complete before its use",
+    ("await", "scaled"): r"scale of CTA .* holds \('scale', 0\)|biases of CTA .* holds \('biases', 0\)",
 }
 
 
@@ -166,6 +167,29 @@ def test_the_check_sees_what_a_gate_needs(
         check_step(plan)
     with pytest.raises(AssertionError, match=complaint):
         prove(plan, 999)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "without a gate"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_factors_of_rms_norm_are_there_when_rows_are_finished(
+    order: Order, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = dataclasses.replace(small_plan().config, parallel_residual=order != "sequential", gated_mlp=gated)
+    plan = in_order(plan_block(c, dataclasses.replace(H200, multiprocessors=12)), order)
+    check_step(plan)
+    original = schedules.step_schedule
+    actions = [a for role in ROLES for a in original(plan, 2, role, 99)]
+    factors = {"scaled"} if gated or order != "sequential" else {"scaled", "middle_scaled"}
+    for kind in ("signal", "await"):
+        assert {a.name for a in actions if a.kind == kind and "scaled" in a.name} == factors
+    for each in factors:
+        monkeypatch.setattr(
+            schedules,
+            "step_schedule",
+            lambda *arguments, each=each: (a for a in original(*arguments) if (a.kind, a.name) != ("await", each)),
+        )
+        with pytest.raises(AssertionError, match=rf"(scale|biases) of CTA .* holds \('{each[:-1]}|biases', 0\)"):
+            prove(plan, 99)
 
 
 @pytest.mark.parametrize("each", [("finish", "h"), ("arrive", "hidden"), ("signal", "expanded")], ids=" ".join)

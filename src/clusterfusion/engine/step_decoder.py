@@ -48,7 +48,7 @@ class StepDecoder:
     """Runs steps over one K/V cache, which it shares with its session. Its buffers belong to it alone, and to the stream
     that its steps run on: whoever steps on several streams orders them, and lets the last end before it is dropped.
 
-    Device memory beside weights and cache: `plan.scratch_bytes`, the residual vector twice in pairs of value and epoch, the
+    Device memory beside weights and cache: `plan.scratch_bytes`, the residual vector twice, the
     rotary tables [max_len, rotary_dim / 2], the logits, 16 bytes a CTA, and 20.
     """
 
@@ -69,7 +69,7 @@ class StepDecoder:
         self._tables = rotary_tables(config, cache.max_len, device)
         self._scratch = LayerScratch(self.plan, weights.dtype, device)
         self._error = ErrorRecord()
-        self._pairs = torch.zeros(2, config.hidden_size, dtype=torch.int64, device=device)
+        self._marked = torch.zeros(2, config.hidden_size, dtype=torch.int32, device=device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
         self._candidates = torch.zeros(self.plan.ctas, CANDIDATE_WORDS, dtype=torch.int32, device=device)
         self._logits = torch.empty(config.vocab_size, dtype=torch.float32, device=device)
@@ -190,7 +190,7 @@ class StepDecoder:
             norm_weight=address("final_norm_weight", weights.final_norm_weight),
             norm_bias=address("final_norm_bias", weights.final_norm_bias),
             lm_head=address("lm_head", weights.lm_head),
-            pairs=self._pairs.data_ptr(),
+            marked=self._marked.data_ptr(),
             logits=self._logits.data_ptr(),
             state=self._state.data_ptr(),
             candidates=self._candidates.data_ptr(),

@@ -33,7 +33,7 @@ def step_arguments_type(layers: int) -> Any:
         ("workspace", Workspace),
         ("cache", KvCache),
         *((name, _POINTER) for name in ("embedding", "norm_weight", "norm_bias", "lm_head")),
-        *((name, _POINTER) for name in ("pairs", "logits", "state", "candidates", "chosen", "trace")),
+        *((name, _POINTER) for name in ("marked", "logits", "state", "candidates", "chosen", "trace")),
         ("temperature", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("vocabulary", _INT32),

@@ -85,7 +85,7 @@ class ErrorRecord:
             )
         if which:
             raise DeviceError(
-                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]} (CTA {cta}, epoch or count {expected}, "
+                f"an earlier decode step gave up waiting for {_DEPENDENCIES[which - 1]} (CTA {cta}, epoch, version or count {expected}, "
                 f"seen or missing {seen:#x}); results since then are wrong. {way_out}"
             )
 

@@ -308,12 +308,18 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     c = plan.config
     qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
     if role == "tiles":
+        scaled = (Step("await", "scaled"),) if c.norm == "rms_norm" else ()
         expand: tuple[Step, ...] = ()
+        if scaled and not c.gated_mlp:
+            if not c.parallel_residual:
+                expand = (Step("await", "middle_scaled"),)
+            elif plan.up_first:
+                expand, scaled = scaled, ()
         for group, rows in enumerate(plan.up_groups(cta)):
             expand += (Step("read", "up", rows), Step("signal", of_group("expanded", group)))
             if not c.gated_mlp:
                 expand += (Step("arrive", of_group("hidden", group)),)
-        project = (Step("read", "qkv", qkv), Step("publish", "qkv", qkv), Step("signal", "projected"))
+        project = (Step("read", "qkv", qkv), *scaled, Step("publish", "qkv", qkv), Step("signal", "projected"))
         cached: tuple[Step, ...] = ()
         if plan.attends(cta):
             cached = (Step("await", "queries"), Step("signal", "slots"))
@@ -340,6 +346,8 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
         hidden += (expanded, Step("arrive", name), all_hidden) if c.gated_mlp else (all_hidden, expanded)
         hidden += (Step("signal", name),)
     yield Step("signal", "normed")
+    if c.norm == "rms_norm":
+        yield Step("signal", "scaled")
     if plan.up_first:
         yield from hidden
     if plan.attends(cta):
@@ -363,6 +371,8 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
         yield Step("arrive", "middle")
         yield Step("wait", "middle", target=plan.ctas)
         yield Step("signal", "middle_normed")
+        if c.norm == "rms_norm" and not c.gated_mlp:
+            yield Step("signal", "middle_scaled")
         yield from hidden
         yield Step("await", "down_sums")
 

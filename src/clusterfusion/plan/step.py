@@ -7,8 +7,9 @@ does and in which order; the tile warps' reads, weights and cached tokens, in th
 plan/step_check.py proves it sound.
 
 What CTAs tell one another: counters, which only grow (attention, token; hidden, one a group of h; exchange, one a cluster), and vectors whose
-rows travel as pairs of value and epoch (qkv, x, and for sequential residual middle), which need no counter. What the roles of
-a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity; for each group of h one of its own.
+rows tell of themselves whose they are, qkv as pairs of value and epoch, x and for sequential residual middle by a mark in the value, and need
+no counter. What the roles of a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity; for each group of h one
+of its own. An RMSNorm's factor, and the layer's biases, follow the vector that it belongs to.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR, qkv_rows
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
 
-PAIRS = ("qkv", "x", "middle")
+TAGGED = ("qkv", "x", "middle")
 
 
 class Action(NamedTuple):
@@ -31,10 +32,10 @@ class Action(NamedTuple):
     read: take `rows` of the matrix `name` of `layer`, of "down" the parts that are multiplied by `group` of h; name "kv": the
         tiles `rows` of its bundle's cached tokens.
     finish: with a gated MLP: make the CTA's `rows` of h of the sums of up that its tile warps have left, and write them.
-    publish: write the CTA's `rows` of the vector `name` of `layer`, each with its epoch. x of layer l is what layer l
+    publish: write the CTA's `rows` of the vector `name` of `layer`, each tagged. x of layer l is what layer l
         starts from, x of layer num_layers what the final norm takes.
     arrive: add one to the counter `name`.
-    wait: until the counter `name` is `target` or more; for vectors of pairs, until all `rows` are those of `layer`.
+    wait: until the counter `name` is `target` or more; for a tagged vector, until all `rows` are those of `layer`.
     load: from memory into registers: the vector `name`; x of layer 0 is the embedding of the token.
     place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by, of h one group.
     signal: that the CTA's other role may go on, and await: until it has said so for this layer.
@@ -75,12 +76,22 @@ def step_schedule(plan: BlockPlan, cta: int, role: Role, position: int = 0) -> I
     if role == "vectors":
         yield Action("wait", "x", last, range(c.hidden_size))
         yield Action("load", "x", last)
-        yield Action("place", "normed", last)
-        yield Action("signal", "normed", last)
+        yield from _normed(plan, last)
     else:
         yield Action("await", "normed", last)
         yield Action("read", "lm_head", last, plan.rows(c.vocab_size, cta))
+        if c.norm == "rms_norm":
+            yield Action("await", "scaled", last)
         yield Action("arrive", "token", last)  # the last one to arrive chooses the token
+
+
+def _normed(plan: BlockPlan, layer: int) -> Iterator[Action]:
+    """The normed input of a layer, with the layer's biases."""
+    yield Action("place", "normed", layer)
+    yield Action("signal", "normed", layer)
+    if plan.config.norm == "rms_norm":
+        yield Action("place", "scale", layer)
+        yield Action("signal", "scaled", layer)
 
 
 def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
@@ -94,8 +105,7 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
     if layer:
         yield Action("wait", "x", layer, range(c.hidden_size))
     yield Action("load", "x", layer)
-    yield Action("place", "normed", layer)  # and the layer's biases
-    yield Action("signal", "normed", layer)
+    yield from _normed(plan, layer)
     hidden: tuple[Action, ...] = ()
     for group, rows in enumerate(plan.up_groups(cta)):
         expanded = Action("await", "expanded", layer, group=group)
@@ -136,6 +146,10 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         yield Action("load", "middle", layer)
         yield Action("place", "middle_normed", layer)
         yield Action("signal", "middle_normed", layer)
+        if c.norm == "rms_norm":
+            yield Action("place", "middle_scale", layer)
+            if not c.gated_mlp:  # the vector warps' own matter otherwise
+                yield Action("signal", "middle_scaled", layer)
         yield from hidden
         yield Action("await", "down_sums", layer)
     yield Action("publish", "x", layer + 1, out)
@@ -145,13 +159,21 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
     """A layer of the tile warps: TileWarps::run of the program."""
     c = plan.config
     qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
+    # The program awaits a factor when it has a row's sum: the vector that it belongs to is there by then.
+    scaled = (Action("await", "scaled", layer),) if c.norm == "rms_norm" else ()
     expand: tuple[Action, ...] = ()
+    if scaled and not c.gated_mlp:
+        if not c.parallel_residual:
+            expand = (Action("await", "middle_scaled", layer),)
+        elif plan.up_first:
+            expand, scaled = scaled, ()
     for group, rows in enumerate(plan.up_groups(cta)):
         expand += (Action("read", "up", layer, rows, group=group), Action("signal", "expanded", layer, group=group))
         if not c.gated_mlp:
             expand += (Action("arrive", "hidden", layer, group=group),)
     project = (
         Action("read", "qkv", layer, qkv),
+        *scaled,
         Action("publish", "qkv", layer, qkv),
         Action("signal", "projected", layer),
     )

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from clusterfusion.plan import step
 from clusterfusion.plan.block import BlockPlan
-from clusterfusion.plan.block_check import ROLES, Role, of_group
+from clusterfusion.plan.block_check import ROLES, Role
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_coverage import (
     Key,
@@ -42,6 +42,7 @@ from clusterfusion.plan.step_coverage import (
     require,
     scope_of,
 )
+from clusterfusion.plan.step_effects import shared, used, written
 
 # Layer l and l + 1 differ in nothing but the number, which is checked; the buffers of x come round after X_BUFFERS.
 LAYERS_RUN = step.X_BUFFERS + 1
@@ -165,7 +166,7 @@ class _Told:
         known = self._joined.get((key, wanted))
         if known is not None:
             return known
-        if action.kind == "wait" and action.name in step.PAIRS:
+        if action.kind == "wait" and action.name in step.TAGGED:
             if self.rows[key] < len(wanted):
                 return None
             seen = [(rows, event) for rows, event in self.events[key] if _overlap(rows, wanted)]
@@ -230,76 +231,13 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
         run.rounds[cta, action.label].signals.append((action.layer, event))
     if action.kind == "await":
         run.rounds[cta, action.label].awaits.append((action.layer, before, event))
-    for events, named in ((run.writes, _written(plan, action)), (run.uses, _used(plan, action))):
+    for events, named in ((run.writes, written(plan, action)), (run.uses, used(plan, action))):
         for name, layer in named:
             for part in _parts(plan, cta, name, action):
                 vector, version = step.version(plan, name, layer)
                 events[vector, version, part].append(event)
-    for writes, place, content in _shared(plan, action):
+    for writes, place, content in shared(plan, action):
         run.shared[cta, place].append(Access(event, content, writes))
-
-
-def _written(plan: BlockPlan, action: Action) -> Iterator[tuple[str, int]]:
-    """The vector in memory, and its layer, that an action writes."""
-    gated = plan.config.gated_mlp
-    if action.kind == "publish" and action.rows:
-        yield action.name, action.layer
-    elif action.rows and (action.kind == "finish" or (action.kind == "read" and action.name == "up" and not gated)):
-        yield "h", action.layer
-    elif action.kind == "arrive" and action.name in ("attention", "exchange"):
-        yield {"attention": "partials", "exchange": "exchange"}[action.name], action.layer
-
-
-def _used(plan: BlockPlan, action: Action) -> Iterator[tuple[str, int]]:
-    """The vector in memory, and its layer, without which an action cannot be done. A CTA's own rows of x and middle,
-    for the residual, are not here: nobody else writes them."""
-    if action.kind == "arrive" and action.name == "attention" and plan.merged_ctas > 1:
-        yield "exchange", action.layer
-    if action.kind == "load" and (action.name, action.layer) != ("x", 0):  # which is the embedding
-        yield action.name, action.layer
-
-
-def _shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[str, int]]]:
-    """What an action writes (True) to places in the CTA's shared memory, or needs there. Places of one role alone, where
-    barriers of its own keep the order, are not here."""
-    kind, name, layer, group = action.kind, action.name, action.layer, action.group
-    gated, parallel, last = plan.config.gated_mlp, plan.config.parallel_residual, layer == plan.config.num_layers
-    merges = "exchange" if plan.merged_ctas > 1 else "attention"  # an arrival behind the merge of the CTA's own slots
-    if kind == "place" and name == "queries":
-        yield True, "queries", (name, layer)
-    elif kind == "place":
-        yield True, of_group("x2", group) if name == "hidden" else "x1", (name, layer)
-        if name == "normed" and not last:
-            yield True, "biases", ("biases", layer)
-            if parallel:
-                yield True, "x2", (name, layer)
-    elif kind == "read" and name in ("qkv", "lm_head", "o"):
-        yield False, "x1", ("attended" if name == "o" else "normed", layer)
-    elif kind == "read" and name == "down":
-        yield False, of_group("x2", group), ("hidden", layer)
-    elif kind == "read" and name == "up":
-        yield False, *(("x2", ("normed", layer)) if parallel else ("x1", ("middle_normed", layer)))
-    if (kind == "read" and (name == "qkv" or (name == "up" and not gated))) or kind == "finish":
-        yield False, "biases", ("biases", layer)
-    if gated and kind == "read" and name == "up":
-        yield True, of_group("up_sums", group), ("up", layer)
-    if kind == "finish":
-        yield False, of_group("up_sums", group), ("up", layer)
-    if kind == "read" and name == "kv":
-        yield False, "queries", ("queries", layer)
-    # With sequential residual, slots may lie where h will be; the proof takes it that they do.
-    slots = ["slots"] if parallel else [of_group("x2", each) for each in range(plan.hidden_groups)]
-    if (kind == "read" and name == "kv") or (kind == "arrive" and name == merges):
-        yield from ((kind == "read", place, ("kv", layer)) for place in slots)
-    if kind == "read" and name in ("o", "down"):
-        yield True, of_group(f"{name}_sums", group), (name, layer)
-    if kind == "publish" and name in ("x", "middle"):
-        of_layer = layer - (name == "x")
-        yield False, "biases", ("biases", of_layer)
-        for each in range(plan.hidden_groups if name == "x" else 0):
-            yield False, of_group("down_sums", each), ("down", of_layer)
-        if parallel or name == "middle":
-            yield False, "o_sums", ("o", of_layer)
 
 
 def _key(plan: BlockPlan, cta: int, action: Action) -> Key:

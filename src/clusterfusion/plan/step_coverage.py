@@ -102,7 +102,7 @@ def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Ac
             for action in actions:
                 belongs = action.layer - (action.kind == "publish" and action.name == "x")
                 by_layer[belongs].append((action.kind, action.name, action.group, action.rows))
-                if action.kind == "wait" and action.name in step.PAIRS:
+                if action.kind == "wait" and action.name in step.TAGGED:
                     wanted_rows = (pairs[action.name],) if action.name in pairs else plan.attended_rows(cta)
                     require(action.rows in wanted_rows, "all rows that are used are waited for", action)
                 elif action.kind == "wait":

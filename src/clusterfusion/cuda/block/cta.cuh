@@ -25,8 +25,10 @@ __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; 
 // residual h may take x2's place and, with a gate, that its sums are there; the sums of the output projection, with parallel
 // residual those of the down projection too, otherwise these for themselves. kExpanded and kHidden are one a hidden group:
 // kExpanded + group. Once a step: that the CTA's logits are in the choice of the token, kChosen, and kNormed again, for the final norm.
+// An RMSNorm's factor for the whole vector comes behind the vector, for what has been made of it: kScaled, as often as kNormed, and where
+// tile warps finish rows of up kMiddleScaled.
 enum Signal {
-  kNormed, kProjected, kAttended, kOutputSums, kMiddleNormed, kDownSums, kQueriesReady, kPartialsReady, kChosen,
+  kNormed, kScaled, kProjected, kAttended, kOutputSums, kMiddleNormed, kMiddleScaled, kDownSums, kQueriesReady, kPartialsReady, kChosen,
   kExpanded, kHidden = kExpanded + kMostGroups, kSignals = kHidden + kMostGroups
 };
 __host__ __device__ constexpr bool from_tiles(int signal) {
@@ -76,6 +78,7 @@ struct CtaTypes {
     typename Share::TileRing::Barriers ring;
     cuda::std::uint64_t signals[kSignals];
     typename Block::Scratch block[2];
+    float scales[2];  // of an RMSNorm: of the input's, of the middle's
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;
     unsigned warps_done[kMostGroups];  // a warp may be done with a group before another is with the one before
@@ -133,13 +136,28 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
   // having been waited for. Not bounded: it waits for warps whose own waits are.
   __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
   __device__ void await(int which, unsigned layer) {
-    await_round(which, layer + parities_ + (which == kNormed ? parities_ >> 1 : 0));
+    await_round(which, layer + parities_ + (which == kNormed || which == kScaled ? parities_ >> 1 : 0));
   }
   __device__ void await_round(int which, unsigned round) { mbarrier_wait_local(&s_.signals[which], round & 1); }
   // Of the layers in which this CTA has a part in attention.
   __device__ void await_of_attended(int which) {
     await_round(which, parities_ / kAttendedParity);
     parities_ ^= kAttendedParity;
+  }
+
+  // A row's sum over the normed input or, with kMiddle, the normed middle, and a bias: what an RMSNorm has left out is made up for. For tile warps
+  // behind await_scale, on any lane, and for vector warps.
+  template <bool kMiddle>
+  __device__ float scaled(float sum) const {
+    return S::kNorm == Norm::rms_norm ? sum * s_.scales[kMiddle] : sum;
+  }
+  template <bool kMiddle>
+  __device__ float scaled(float sum, float bias) const {
+    return S::kNorm == Norm::rms_norm ? fmaf(sum, s_.scales[kMiddle], bias) : sum + bias;
+  }
+  template <bool kMiddle>
+  __device__ void await_scale(unsigned layer) {
+    if constexpr (S::kNorm == Norm::rms_norm) await(kMiddle ? kMiddleScaled : kScaled, layer);
   }
 
   // The first error of a launch, for the host: the details, then the word that says they are there.

@@ -1,7 +1,8 @@
 // Where a layer's residual vector comes from and goes to. Both forms read, and write rows of, one vector after another:
 // the layer's input, for sequential residual the middle (input + attention), the output.
 //
-// read_*(cta, values): every thread of the vector warps gets the elements of its quads (i * kThreads + thread), fp32, once they are there.
+// read_*(cta, values): every thread of the vector warps gets the elements of its quads (i * kThreads + thread), fp32, once they are there. Their last
+// bit may be a mark (tagged.cuh).
 // *_row: of a row of this CTA; write_*: a row of the next vector; middle_done: this CTA has written its rows of the middle.
 #pragma once
 
@@ -64,49 +65,45 @@ class LayerResidual {
   const unsigned all_ctas_;
 };
 
-// A vector of kHidden pairs, polled for by all vector warps, a few quads at a time: more do not fit the registers.
+// A vector of kHidden marked values, polled for by all vector warps, a few quads at a time: more do not fit the registers.
 template <typename S, int kItems>
-__device__ void read_pairs(CtaState<S>& cta, const Pair* from, unsigned epoch, Dependency dependency, float (&values)[kItems]) {
-  constexpr int kTogether = kItems / 4 < 4 ? kItems / 4 : 4;
+__device__ void read_marked(
+    CtaState<S>& cta, const unsigned* from, unsigned mark, unsigned version, Dependency dependency, float (&values)[kItems]) {
+  constexpr int kTogether = kItems / 4 < 8 ? kItems / 4 : 8;
   const int thread = opaque(threadIdx.x);
 #pragma unroll
   for (int first = 0; first < kItems / 4; first += kTogether) {
-    Pair pairs[kTogether][4] = {};  // with nothing in it, it would be kept from layer to layer
+    uint4 quads[kTogether] = {};  // with nothing in it, it would be kept from layer to layer
     const auto quad_of = [&](int i) { return (first + i) * S::kVectorThreads + thread; };
     const auto mine = [&](int i) { return first + i < kItems / 4 && quad_of(i) < S::kHidden / 4; };
     cta.template poll<kTogether>(
-        dependency, epoch,
+        dependency, version,
         [&](int i) {
-          if (!mine(i)) return;
-          load_pairs(from + 4 * quad_of(i), pairs[i][0], pairs[i][1]);
-          load_pairs(from + 4 * quad_of(i) + 2, pairs[i][2], pairs[i][3]);
+          if (mine(i)) quads[i] = load_marked(from + 4 * quad_of(i));
         },
-        [&](int i) {
-          if (!mine(i)) return true;
-          bool complete = true;
-#pragma unroll
-          for (int k = 0; k < 4; k++) complete = complete && epoch_of(pairs[i][k]) == epoch;
-          return complete;
-        });
+        [&](int i) { return !mine(i) || all_marked(quads[i], mark); });
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
       if (!mine(i)) continue;
+      const unsigned words[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
 #pragma unroll
-      for (int k = 0; k < 4; k++) values[4 * (first + i) + k] = value_of(pairs[i][k]);
+      for (int k = 0; k < 4; k++) values[4 * (first + i) + k] = __uint_as_float(words[k]);
     }
   }
 }
 
-// Of the whole step: versions of one vector, from the token's embedding on, as pairs.
+// Of the whole step: versions of one vector, from the token's embedding on, as marked values.
 //
 // Two buffers in turn suffice: who writes version v + 1 has seen a dependency that every CTA meets after reading version v.
+// Versions that are written are counted from 1 on, through all steps over the same memory; each is in the other buffer than the one before, and
+// a buffer's mark changes from one to its next.
 // A CTA's own rows stay in its shared memory, row by row with the thread that writes them.
 template <typename S>
 class ResidualStream {
  public:
-  // `pairs` [2, hidden], zero before first use. Epochs from `epoch` on are this launch's; none of them is 0 or was used before.
-  __device__ ResidualStream(const void* embedding, Pair* pairs, unsigned epoch, float* own)
-      : embedding_(embedding), pairs_(pairs), epoch_(epoch), own_(own) {}
+  // `marked` [2, hidden], zero before first use; `written` versions have been before this step.
+  __device__ ResidualStream(const void* embedding, unsigned* marked, unsigned written, float* own)
+      : embedding_(embedding), marked_(marked), written_(written), own_(own) {}
 
   // This CTA's rows of version 0. The threads that will write them.
   __device__ void begin(int first, int rows) {
@@ -120,7 +117,8 @@ class ResidualStream {
     if (version_ == 0) {
       for_my_quads<S>(values, [&](int quad, float* to) { load_quad<typename S::W>(embedding_, quad, to); });
     } else {
-      read_pairs(cta, pairs_ + (version_ & 1) * S::kHidden, epoch_ + version_, kOnResidual, values);
+      const unsigned version = written_ + version_;
+      read_marked(cta, buffer(version), mark(version), version, kOnResidual, values);
     }
   }
 
@@ -129,7 +127,8 @@ class ResidualStream {
 
   __device__ void write(int row, int index, float value) {
     own_[row] = value;
-    store_pair(pairs_ + ((version_ + 1) & 1) * S::kHidden + index, value, epoch_ + version_ + 1);
+    const unsigned version = written_ + version_ + 1;
+    store_marked(buffer(version) + index, value, mark(version));
   }
 
   template <int kItems>
@@ -147,9 +146,12 @@ class ResidualStream {
   __device__ void middle_done(CtaState<S>&) { advance(); }
 
  private:
+  __device__ unsigned* buffer(unsigned version) const { return marked_ + (version & 1) * S::kHidden; }
+  static __device__ unsigned mark(unsigned version) { return (version + 1) >> 1 & 1; }  // of the first two 1, not what memory begins with
+
   const void* embedding_;
-  Pair* pairs_;
-  const unsigned epoch_;
+  unsigned* marked_;
+  const unsigned written_;
   float* own_;
   unsigned version_ = 0;
 };

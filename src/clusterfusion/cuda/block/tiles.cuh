@@ -44,11 +44,11 @@ class TileWarps : public CtaState<S> {
         begin(TraceEvent::project_begin);
       };
       if constexpr (S::kUpFirst) {
-        up<kWhole, kFaultCta>(normed);
-        qkv<kWhole>(Nothing(), epoch);
+        up<kWhole, kFaultCta>(normed, layer);
+        qkv<kWhole>(Nothing(), epoch, layer);
       } else {
-        qkv<kWhole>(normed, epoch);
-        if constexpr (S::kParallel) up<kWhole, kFaultCta>(Nothing());
+        qkv<kWhole>(normed, epoch, layer);
+        if constexpr (S::kParallel) up<kWhole, kFaultCta>(Nothing(), layer);
       }
     }
     constexpr bool kInsideDown = S::kUpFirst && kWhole;
@@ -65,7 +65,7 @@ class TileWarps : public CtaState<S> {
       trace_.mark(TraceEvent::o_done);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
-      up<kWhole, kFaultCta>([&] { this->await(kMiddleNormed, layer); });
+      up<kWhole, kFaultCta>([&] { this->await(kMiddleNormed, layer); }, layer);
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) {
       down<false>(layer);
@@ -88,7 +88,9 @@ class TileWarps : public CtaState<S> {
     gemv<W, HiddenTiles>(
         ring_, rows, split_vector<S>(s_.vectors, 0), lane_, normed, [&](int row, int, float value) { kept = value, kept_row = row; },
         [&] {
-          if (kept_row >= 0) out(first + kept_row, kept);
+          if (kept_row < 0) return;
+          this->template await_scale<false>(layer);
+          out(first + kept_row, this->template scaled<false>(kept));
           kept_row = -1;
         });
     trace_.mark(TraceEvent::logits_done);
@@ -106,10 +108,11 @@ class TileWarps : public CtaState<S> {
   __device__ int out_rows() const { return rows_to(S::kHidden) - rows_from(S::kHidden); }
 
   template <bool kWhole, typename Ready>
-  __device__ void qkv(Ready ready, unsigned epoch) {
+  __device__ void qkv(Ready ready, unsigned epoch, int layer) {
     const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
     gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), ready, [&](int row, float value) {
-      const float biased = value + s_.biases[row];
+      this->template await_scale<false>(layer);
+      const float biased = this->template scaled<false>(value, s_.biases[row]);
       if constexpr (kWhole) {
         store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
       } else {
@@ -121,7 +124,7 @@ class TileWarps : public CtaState<S> {
   }
 
   template <bool kWhole, int kFaultCta, typename Ready>
-  __device__ void up(Ready ready) {
+  __device__ void up(Ready ready, int layer) {
     const SplitVector x = split_vector<S>(s_.vectors, S::kParallel ? 1 : 0);
     int done = 0;  // of the CTA's rows
 #pragma unroll 1
@@ -143,7 +146,8 @@ class TileWarps : public CtaState<S> {
             ring_, rows, x, lane_, ready_once, [&](int row, int, float value) { kept = value, kept_row = row; },
             [&] {
               if (kept_row < 0) return;
-              const float h = activate<S::kActivation>(kept + biases[kept_row]);
+              this->template await_scale<!S::kParallel>(layer);
+              const float h = activate<S::kActivation>(this->template scaled<!S::kParallel>(kept, biases[kept_row]));
               static_cast<W*>(u_.h)[first + kept_row] = from_float<W>(h);
               kept_row = -1;
             });

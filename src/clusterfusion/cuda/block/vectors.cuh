@@ -65,7 +65,7 @@ class VectorWarps : public Attention<S> {
     load_biases(w, biases);
 
     if constexpr (runs<kSegment>(Segment::project)) {
-      normalise<S::kParallel>(
+      normalise<S::kParallel, false>(
           [&](int n) {
             return n == 0   ? w.now().norm1_weight
                    : n == 1 ? w.now().norm1_bias
@@ -77,7 +77,6 @@ class VectorWarps : public Attention<S> {
             trace_.mark(TraceEvent::residual_read);
           },
           [&] { store_biases(biases); });
-      this->signal(kNormed);
       trace_.mark(TraceEvent::normed);
       if constexpr (S::kGated && S::kParallel && !kWhole) finish_hidden<kWhole, kFaultCta>(layer, 0, 0);
     }
@@ -122,11 +121,10 @@ class VectorWarps : public Attention<S> {
       }
     }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
-      normalise<false>(
+      normalise<false, true>(
           [&](int n) { return n == 0 ? w.now().norm2_weight : w.now().norm2_bias; },
           [&](float (&values)[kItems]) { residual.read_middle(*this, values); },
           [&] { if constexpr (!kWhole) store_biases(biases); });
-      this->signal(kMiddleNormed);
       if constexpr (S::kGated && !kWhole) {
         int done = 0;
 #pragma unroll 1
@@ -149,14 +147,13 @@ class VectorWarps : public Attention<S> {
   template <typename Residual>
   __device__ void final_norm(const void* weight, const void* bias, Residual& residual) {
     trace_.mark(TraceEvent::begin);
-    normalise<false>(
+    normalise<false, false>(
         [&](int n) { return n == 0 ? weight : bias; },
         [&](float (&values)[kItems]) {
           residual.read_input(*this, values);
           trace_.mark(TraceEvent::residual_read);
         },
         [] {});
-    this->signal(kNormed);
     trace_.mark(TraceEvent::normed);
   }
 
@@ -206,9 +203,11 @@ class VectorWarps : public Attention<S> {
   }
 
   // What read(values) gives, normed into the first vector; with kBoth by norm 1 into it and by norm 2 into the second, from the
-  // same statistics. norm_of(n): weight and bias of norm 1, then of norm 2; asked for before read, which may wait. stage()
-  // runs behind the sums' barriers, when nobody of the vector warps is still at work on what came before.
-  template <bool kBoth, typename NormOf, typename Read, typename Stage>
+  // same statistics; and tells the tile warps, of the input or the middle. norm_of(n): weight and bias of norm 1, then of norm 2; asked for
+  // before read, which may wait. stage() runs behind the sums' barriers, when nobody of the vector warps is still at work on what came before.
+  //
+  // An RMSNorm's vector is given away without the factor that its sum of squares makes, which follows: rows are multiplied meanwhile.
+  template <bool kBoth, bool kMiddle, typename NormOf, typename Read, typename Stage>
   __device__ void normalise(NormOf norm_of, Read read, Stage stage) {
     OwnSums block(s_.block);
     constexpr bool kCentred = S::kNorm == Norm::layer_norm;  // the other one has no bias
@@ -228,19 +227,29 @@ class VectorWarps : public Attention<S> {
       valid = at - values + 4;
     });
     read(values);
-    NormTransform t;
+#pragma unroll
+    for (float& value : values) value = unmarked(value);  // in every form of a launch, marked or not: all have the same bits
+    const auto store = [&](NormTransform t) {
+      for_my_quads<S>(values, [&](int quad, const float* at) {
+        const int i = kEarly ? (at - values) / 4 : 0;
+        if constexpr (!kEarly) load_norm(quad, 0);
+        split_vector<S>(s_.vectors, 0).quad(quad) = normed(at, t, norm[i][0], norm[i][1]);
+        if constexpr (kBoth) split_vector<S>(s_.vectors, 1).quad(quad) = normed(at, t, norm[i][2], norm[i][3]);
+      });
+    };
     if constexpr (kCentred) {
-      t = layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
-    } else {
-      t = rms_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
+      store(layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block));
+      stage();
+      this->signal(kMiddle ? kMiddleNormed : kNormed);
+    } else {  // whoever reads these vectors has been waited for
+      store({1.0f, 0.0f});
+      this->signal(kMiddle ? kMiddleNormed : kNormed);
+      const NormTransform t = rms_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block);
+      stage();
+      if (thread_ == 0) s_.scales[kMiddle] = t.scale;
+      if constexpr (!kMiddle || !S::kGated) this->signal(kMiddle ? kMiddleScaled : kScaled);
+      block_sync();  // with a gate, vector warps finish the rows of up
     }
-    for_my_quads<S>(values, [&](int quad, const float* at) {
-      const int i = kEarly ? (at - values) / 4 : 0;
-      if constexpr (!kEarly) load_norm(quad, 0);
-      split_vector<S>(s_.vectors, 0).quad(quad) = normed(at, t, norm[i][0], norm[i][1]);
-      if constexpr (kBoth) split_vector<S>(s_.vectors, 1).quad(quad) = normed(at, t, norm[i][2], norm[i][3]);
-    });
-    stage();
   }
 
   // With a gate: this CTA's rows of a group of h, of what the tile warps have summed; `done` rows of the groups before. How many.
@@ -251,8 +260,8 @@ class VectorWarps : public Attention<S> {
     const int first = up_rows.first(group), rows = up_rows.count(group);
     for (int row = thread_; row < rows; row += kThreads) {
       const int at = done + row;
-      const float gate = s_.up_sums[2 * at] + s_.biases[kGateBias + at];
-      const float up = s_.up_sums[2 * at + 1] + s_.biases[kUpBias + at];
+      const float gate = this->template scaled<!S::kParallel>(s_.up_sums[2 * at], s_.biases[kGateBias + at]);
+      const float up = this->template scaled<!S::kParallel>(s_.up_sums[2 * at + 1], s_.biases[kUpBias + at]);
       static_cast<W*>(u_.h)[first + row] = from_float<W>(activate<S::kActivation>(gate) * up);
     }
     if constexpr (kWhole) {

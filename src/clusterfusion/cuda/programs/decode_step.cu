@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   wait_for_previous_launch();
   let_next_launch_start();
   if (threadIdx.x < S::kVectorThreads) {
-    constexpr unsigned kVersions = kLayers * (S::kParallel ? 1 : 2) + 1;  // of the residual vector in a step
+    constexpr unsigned kWritten = kLayers * (S::kParallel ? 1 : 2);  // versions of the residual vector, in a step
     Tracer trace = make_trace<kTrace>(a.trace, kLayers, 0);
     VectorWarps<S, Tracer> vectors(a.workspace, a.position, shared, trace);
     const int first = first_row<S::kCtas>(S::kHidden, blockIdx.x);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
       if (token < 0 || token >= a.vocabulary) token = 0;  // the last step chose none: its reader knows, and this one is void
       vectors.begin_step(a.position + step, step, kLayers);
       ResidualStream<S> residual(static_cast<const W*>(a.embedding) + static_cast<cuda::std::int64_t>(token) * S::kHidden,
-                                 a.pairs, before * kVersions, shared.residual);
+                                 a.marked, before * kWritten, shared.residual);
       residual.begin(first, first_row<S::kCtas>(S::kHidden, blockIdx.x + 1) - first);
 #pragma unroll 1
       for (int layer = 0; layer < kLayers; layer++) {

@@ -22,7 +22,7 @@ struct StepArguments {
   Workspace workspace;
   KvCache cache;
   const void *embedding, *norm_weight, *norm_bias, *lm_head;
-  Pair* pairs;                                         // [2, hidden] of ResidualStream
+  unsigned* marked;                                    // [2, hidden] of ResidualStream
   float* logits;                                       // [vocabulary]
   StepState* state;
   Candidate* candidates;                               // [CTAs]
