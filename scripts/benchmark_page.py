@@ -62,7 +62,7 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
 
 def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
     """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at the context nearest to 1024 that all have. None without results."""
+    three models, at the context nearest to 1024 that all have, with peers if all have any at some context. None without results."""
     for kind in TIMED:
         first: dict[str, ResultFile] = {}
         for file in of_kind(results, kind):
@@ -70,10 +70,14 @@ def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], in
                 first.setdefault(file.model, file)
         wanted = [model for model in OVERVIEW_MODELS if model in first]
         chosen = [first[model] for model in (wanted or list(first)[:3])]
-        contexts = [{point.context for point in file.times.points if point.floor_ms} for file in chosen]
-        common = set.intersection(*contexts) if contexts else set()
-        if common:
-            return chosen, min(common, key=lambda context: (abs(context - OVERVIEW_CONTEXT), context))
+        for with_peers in (True, False):
+            contexts = [
+                {point.context for point in file.times.points if point.floor_ms and (point.peers or not with_peers)}
+                for file in chosen
+            ]
+            common = set.intersection(*contexts) if contexts else set()
+            if common:
+                return chosen, min(common, key=lambda context: (abs(context - OVERVIEW_CONTEXT), context))
     return None
 
 

@@ -133,6 +133,18 @@ def test_sections_come_as_files_come(root: Path) -> None:
 
 
 @needs_matplotlib
+@pytest.mark.parametrize(("with_peers", "drawn"), [((16, 512), 512), ((), 1024)], ids=["peers", "none"])
+def test_the_readme_shows_peers_where_there_are_any(root: Path, with_peers: tuple[int, ...], drawn: int) -> None:
+    times = decoded()
+    for each in times["contexts"]:
+        if each["context"] not in with_peers:
+            each["peers"] = {}
+    put(root, "decode_pythia-2.8b.json", times)
+    assert benchmark_docs.main([], root) == 0
+    assert f"whole generate loops after {drawn} tokens" in (root / "README.md").read_text()
+
+
+@needs_matplotlib
 def test_what_is_stale_is_named_and_mended(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(root, "decode_pythia-2.8b.json", decoded())
     assert benchmark_docs.main([], root) == 0
