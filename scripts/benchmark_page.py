@@ -158,6 +158,7 @@ def _decoding(file: ResultFile) -> str:
         "Milliseconds to the first token (share of transformers eager's):\n",
         _first_tokens(file),
         _memory(file),
+        _clocks(file),
     ]
     if data.get("perplexity"):
         parts += ["Perplexity:\n", _losses(data["perplexity"])]
@@ -178,6 +179,21 @@ def _decoding(file: ResultFile) -> str:
     if differences:
         parts.append("**Tokens differ that must not:** " + "; ".join(differences) + ".\n")
     return "\n".join(part for part in parts if part)
+
+
+def _clocks(file: ResultFile) -> str:
+    """The SMs' clock beside each time, where it was looked at."""
+    points = file.data["contexts"]
+    loops = {
+        name: [{**point["peers"], **point["modes"]}.get(name) or {} for point in points] for name in file.times.names
+    }
+    seen = {name: [loop.get("clocks") for loop in each] for name, each in loops.items()}
+    if not any(clocks for each in seen.values() for clocks in each):
+        return ""
+    cells = [[name, *(f"{c['sm_mhz']:.0f}" if c else "–" for c in each)] for name, each in seen.items()]
+    return "The SMs' clock in these runs, MHz, medians:\n\n" + _table(
+        ["context", *(str(p["context"]) for p in points)], cells
+    )
 
 
 def _layers(file: ResultFile) -> str:

@@ -51,6 +51,10 @@ def test_json_holds_every_run_and_what_makes_it_evidence() -> None:
     assert graph["ratio_to_floor"] == pytest.approx(2.0 / short["floor_ms"])
     assert graph["bytes_per_s"] == pytest.approx(short["bytes"] / 2e-3)
     assert graph["speedup_over"] == {"transformers eager": 12.5}
+    assert graph["clocks"] == {
+        "sm_mhz": 1590.0, "lowest_sm_mhz": 1400.0, "highest_sm_mhz": 1980.0, "watts": 698.0, "samples": 40,
+    }  # fmt: skip
+    assert short["modes"]["model"]["clocks"] is None
     assert long["modes"]["graph"]["speedup_over"] == {"transformers eager": 12.5, "transformers compile": 2.0}
     assert short["peers"]["transformers compile"] == {"error": "Unsupported: [no] triton"}
     assert len(short["read_ms"]["loads"]) == 100
@@ -65,6 +69,8 @@ def test_the_table_has_a_row_for_everything() -> None:
     assert max(len(line.rstrip()) for line in printed) <= 120
     assert printed[1].split()[:3] == ["16", "floor", f"{decode_bytes(CONFIG, 16, 128) / CEILING * 1e3:.3f}"]
     assert printed[3].split()[:5] == ["graph", "2.000", "1.988", "2.024", "500.0"]
+    assert printed[3].split()[7:9] == ["1590", "30.0"], "MHz, then ms to the first token"
+    assert printed[2].split()[7] == "30.0", "nobody looked"
     assert printed[5].split() == ["transformers", "compile", "failed"]
 
 

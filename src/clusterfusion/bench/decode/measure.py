@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from clusterfusion.bench import costs, environment
+from clusterfusion.bench.clocks import ClockSampler, Span
 from clusterfusion.bench.decode.loops import Decoded, EngineLoop, Loop, choose_modes
 from clusterfusion.bench.decode.options import DecodeOptions
 from clusterfusion.bench.decode.peers import EAGER, EAGER_RUNS, PeerLoops
@@ -32,12 +34,13 @@ OnShare = Callable[[float], None]
 
 @dataclasses.dataclass
 class _Entry:
-    """A loop at one context that has been warmed up, what it made then, and its timed runs."""
+    """A loop at one context that has been warmed up, what it made then, and its timed runs, with the time of each."""
 
     loop: Loop
     token_ids: tuple[int, ...]
     peak_bytes: int | None
     runs: list[Decoded] = dataclasses.field(default_factory=list)
+    spans: list[Span] = dataclasses.field(default_factory=list)
 
 
 class _Run:
@@ -125,15 +128,20 @@ class _Run:
             self._step_done(context)
             return times
 
-        timings = round_robin(candidates, sample, options.runs)
+        with ClockSampler(self.engine.device) as clocks:
+            timings = round_robin(candidates, sample, options.runs)
+        if clocks.obstacle and self.ceiling and (said := f"the GPU's clocks: {clocks.obstacle}") not in self.missing:
+            self.missing.append(said)
         made = [mode.name for mode in self.modes]
         expected = entries[made[0]].token_ids
         errors |= {name: timings[name].error for name in peers if name in entries and timings[name].error is not None}
         return ContextTimes(
             context=context,
-            modes={name: _times(entries[name], expected) for name in made},
+            modes={name: _times(entries[name], expected, clocks) for name in made},
             peers={
-                name: LoopTimes((), (), error=errors[name]) if name in errors else _times(entries[name], expected)
+                name: LoopTimes((), (), error=errors[name])
+                if name in errors
+                else _times(entries[name], expected, clocks)
                 for name in peers
             },
             read_ms=_read_times(timings),
@@ -177,9 +185,11 @@ class _Run:
         if entry is None:
             assert self.timer is not None
             return self.timer(candidate, count)
-        runs = [entry.loop.decode() for _ in range(count)]
-        entry.runs += runs
-        return [run.ms_per_token for run in runs]
+        for _ in range(count):
+            begin = time.perf_counter()
+            entry.runs.append(entry.loop.decode())
+            entry.spans.append((begin, time.perf_counter()))
+        return [run.ms_per_token for run in entry.runs[-count:]]
 
 
 @torch.no_grad()
@@ -218,7 +228,7 @@ def measure_decode(
     try:
         for context in options.contexts:
             times = run.context(context)
-            report = dataclasses.replace(report, contexts=(*report.contexts, times))
+            report = dataclasses.replace(report, contexts=(*report.contexts, times), missing=tuple(run.missing))
             measured = {name: loop.summary.median_ms for name, loop in times.loops.items() if loop.ms_per_token}
             said = ", ".join(f"{name} {ms:.3f}" for name, ms in measured.items())
             progress(f"context {context}: ms a token: {said}")
@@ -238,12 +248,13 @@ def same_tokens(expected: Sequence[int], seen: Sequence[int]) -> int:
     return min(len(expected), len(seen))
 
 
-def _times(entry: _Entry, expected: Sequence[int]) -> LoopTimes:
+def _times(entry: _Entry, expected: Sequence[int], clocks: ClockSampler) -> LoopTimes:
     return LoopTimes(
         ms_per_token=tuple(run.ms_per_token for run in entry.runs),
         first_token_ms=tuple(run.first_token_ms for run in entry.runs),
         same_tokens=same_tokens(expected, entry.token_ids),
         peak_bytes=entry.peak_bytes,
+        clocks=clocks.during(entry.spans),
     )
 
 

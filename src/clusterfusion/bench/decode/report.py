@@ -8,6 +8,7 @@ from typing import Any
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.bench import costs
+from clusterfusion.bench.clocks import Clocks
 from clusterfusion.bench.decode.options import DecodeOptions
 from clusterfusion.bench.environment import Origin
 from clusterfusion.bench.read_ceiling import ReadSpeeds
@@ -37,6 +38,7 @@ class LoopTimes:
 
     same_tokens: how many tokens are our first mode's own before the first difference.
     peak_bytes: of PyTorch's memory on the GPU, the weights and what this loop held beside them.
+    clocks: of the GPU in all runs; None where nobody could look, or all runs were over before anybody did.
     """
 
     ms_per_token: tuple[float, ...]
@@ -44,6 +46,7 @@ class LoopTimes:
     same_tokens: int | None = None
     peak_bytes: int | None = None
     error: str | None = None
+    clocks: Clocks | None = None
 
     @property
     def summary(self) -> Summary:
@@ -211,6 +214,7 @@ def _loop_json(report: DecodeReport, context: int, loop: LoopTimes) -> dict[str,
         "first_token_ms": summarise(loop.first_token_ms).median_ms,
         "peak_bytes": loop.peak_bytes,
         "same_tokens": loop.same_tokens,
+        "clocks": dataclasses.asdict(loop.clocks) if loop.clocks else None,
         "error": loop.error,
         "runs": [
             {"ms_per_token": ms, "first_token_ms": first}

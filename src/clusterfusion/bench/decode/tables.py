@@ -12,11 +12,24 @@ from clusterfusion.bench.samples import summarise
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = ("context", "loop", "ms/token", "p10", "p90", "tokens/s", "x floor", "GB/s", "first ms", "peak GB", "same")
+_COLUMNS = (
+    "context",
+    "loop",
+    "ms/token",
+    "p10",
+    "p90",
+    "tokens/s",
+    "x floor",
+    "GB/s",
+    "MHz",
+    "first ms",
+    "peak GB",
+    "same",
+)
 _TEXT = 2  # columns from here on are numbers
 NOTE = (
     f"{SCOPE}. Medians over runs; x floor: over the time that reading a step's weights and mean keys and values takes at the "
-    "read ceiling; same: tokens that are our first mode's before the first difference (rounding decides near-ties)."
+    "read ceiling; MHz: the SMs' clock; same: tokens that are our first mode's before the first difference (rounding decides near-ties)."
 )
 
 
@@ -54,6 +67,7 @@ def rows(report: DecodeReport) -> Iterator[tuple[str, ...]]:
                 "",
                 "",
                 "",
+                "",
             )
             context = ""
         for name, loop in times.loops.items():
@@ -72,6 +86,7 @@ def _cells(report: DecodeReport, times: ContextTimes, loop: LoopTimes) -> tuple[
         f"{1e3 / summary.median_ms:.1f}",
         "" if ratio is None else f"{ratio:.3f}",
         f"{speed:.0f}" if speed >= 10 else f"{speed:.2f}",
+        "" if loop.clocks is None else f"{loop.clocks.sm_mhz:.0f}",
         f"{summarise(loop.first_token_ms).median_ms:.1f}",
         "" if loop.peak_bytes is None else f"{loop.peak_bytes / 1e9:.2f}",
         "" if loop.same_tokens is None else str(loop.same_tokens),
