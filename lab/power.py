@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python3 lab/power.py COMMAND [ARGUMENT ...]
 
-The command prints a line "burst BEGIN END NAME", in seconds since 1970, for every burst. Power is nvidia-smi's power.draw.instant, every 20 ms; of a
-burst, the median of what was drawn after its first 0.2 s.
+The command prints a line "burst BEGIN END NAME", in seconds since 1970, for every burst. Power is nvidia-smi's power.draw.instant, every 20 ms; of the
+bursts of a name, the median of what was drawn after the first 0.2 s of each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import statistics
 import subprocess
 import sys
+import tempfile
 
 QUERY = "timestamp,power.draw.instant,clocks.sm"
 SETTLING_S = 0.2
@@ -19,11 +20,12 @@ SETTLING_S = 0.2
 
 def main() -> None:
     asked = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", "-lms", "20"]
-    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as meter:
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(asked, stdout=log) as meter:
         command = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True, check=False)
         meter.terminate()
-        assert meter.stdout is not None
-        lines = meter.stdout.read().splitlines()
+        meter.wait()
+        log.seek(0)
+        lines = log.read().splitlines()
     samples = []
     for line in lines:
         try:

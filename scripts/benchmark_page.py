@@ -62,7 +62,7 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
 
 def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
     """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at the context nearest to 1024 that all have, with peers if all have any at some context. None without results."""
+    three models, at the context nearest to 1024 that all have, with peers if there is one where all have any. None without results."""
     for kind in TIMED:
         first: dict[str, ResultFile] = {}
         for file in of_kind(results, kind):

@@ -57,8 +57,8 @@ def test_a_driver_that_does_not_answer_ends_nothing(fails_at: int, monkeypatch: 
     with ClockSampler(GPU, look) as sampler:
         assert failed.wait(30)
     assert sampler.obstacle is not None and "nvidia-ml-py" in sampler.obstacle and "\n" not in sampler.obstacle
-    seen = sampler.during([(0.0, time.perf_counter())])
-    assert (seen is None) if fails_at == 0 else (seen is not None and seen.samples == fails_at)
+    assert sampler.obstacle.endswith("the extra clocks has it")
+    assert sampler.during([(0.0, time.perf_counter())]) is None, "a part would pass for the whole"
 
 
 def test_without_a_gpu_there_is_nothing_to_see() -> None:

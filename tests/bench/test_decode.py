@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from clusterfusion.bench import clocks
+from clusterfusion.bench.clocks import ClockSampler
 from clusterfusion.bench.decode import measure
 from clusterfusion.bench.decode.loops import Decoded, EngineLoop, choose_modes
 from clusterfusion.bench.decode.measure import READS_A_ROUND, measure_decode, same_tokens
@@ -241,6 +244,26 @@ def test_every_round_visits_every_loop_and_both_ceilings(engine: Engine, stand_i
     assert {name: len(taken) for name, taken in times.read_ms.items()} == dict.fromkeys(VARIANTS, 6 * READS_A_ROUND)
     assert report.read is not None and report.read.ceiling == pytest.approx(4e9)
     assert report.differences == []
+
+
+def test_clocks_are_of_a_loops_own_runs(engine: Engine, stand_ins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampler(device: torch.device) -> ClockSampler:
+        assert device == engine.device
+        return ClockSampler(torch.device("cuda", 0), lambda: (1980.0, 700.0))
+
+    def decode(self: StandInLoop, plain: Callable[[StandInLoop], Decoded] = StandInLoop.decode) -> Decoded:
+        if self.name == "graph" and self.runs == 3:
+            time.sleep(0.5)  # the only run that lasts until somebody looks, but by chance
+        return plain(self)
+
+    monkeypatch.setattr(clocks, "PERIOD_S", 0.01)
+    monkeypatch.setattr(measure, "ClockSampler", sampler)
+    monkeypatch.setattr(StandInLoop, "decode", decode)
+    [times] = run(engine, modes="graph,split").contexts
+    seen = times.modes["graph"].clocks
+    assert seen is not None and (seen.sm_mhz, seen.watts) == (1980.0, 700.0)
+    others = times.modes["split"].clocks
+    assert others is None or others.samples < seen.samples
 
 
 def test_failing_peers_are_in_the_report(engine: Engine, stand_ins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Clocks:
 
 
 class ClockSampler:
-    """As a context: looks at a GPU every PERIOD_S in a thread of its own. Where it cannot, `obstacle` says why, and nothing is sampled."""
+    """As a context, once: looks at a GPU every PERIOD_S in a thread of its own. Where it cannot, `obstacle` says why, and nothing was seen."""
 
     def __init__(self, device: torch.device, look: Look | None = None) -> None:
         self._look = look or (lambda: _look(device))
@@ -55,7 +55,9 @@ class ClockSampler:
             self._thread.join()
 
     def during(self, spans: Sequence[Span]) -> Clocks | None:
-        """What was seen in any of these spans of time; None if nobody looked."""
+        """What was seen in any of these spans of time; None if nobody looked, or a look failed."""
+        if self.obstacle is not None:
+            return None
         seen = [sample for sample in self._samples if any(begin <= sample[0] <= end for begin, end in spans)]
         if not seen:
             return None
@@ -76,7 +78,7 @@ class ClockSampler:
         try:
             mhz, watts = self._look()
         except Exception as error:  # NVML's are a class of a package that need not be there
-            self.obstacle = one_line(error)
+            self.obstacle = one_line(error) + ("; the extra clocks has it" if isinstance(error, ImportError) else "")
         else:
             self._samples.append((time.perf_counter(), mhz, watts))
 

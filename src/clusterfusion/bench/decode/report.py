@@ -38,7 +38,7 @@ class LoopTimes:
 
     same_tokens: how many tokens are our first mode's own before the first difference.
     peak_bytes: of PyTorch's memory on the GPU, the weights and what this loop held beside them.
-    clocks: of the GPU in all runs; None where nobody could look, or all runs were over before anybody did.
+    clocks: of the GPU in all runs, their prompts included; None where nobody could look, or all runs were over before anybody did.
     """
 
     ms_per_token: tuple[float, ...]
