@@ -19,7 +19,10 @@ from clusterfusion import __version__
 from clusterfusion.errors import DeviceError
 from clusterfusion.jit.device import device_limits
 
-_PACKAGES = ("torch", "transformers", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-cccl")
+_PACKAGES = (
+    *("torch", "transformers", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-cccl"),
+    "nvidia-ml-py",  # which reads the clocks
+)
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 _UNKNOWN = "unknown"
 
