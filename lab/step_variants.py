@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [--bursts N] [VARIANT ...]
 
-A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
+A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,early=E,heads=G,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
 tile is of B bytes, and of K cached tokens; T tiles make a stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
 the time of a layer goes.
 """
@@ -39,7 +39,8 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     tile, tokens = knobs.get("tile", plan.tile_bytes), knobs.get("tokens", plan.tile_tokens)
     stage = tile * tiles
     warps, vectors = knobs.get("warps", plan.warps), knobs.get("vectors", plan.vector_warps)
-    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps)
+    groups = knobs.get("heads", plan.head_groups)
+    fixed = sizes.fixed_shared_bytes(c, ctas, plan.queries, tile, warps, groups)
     stage_room = stage + sizes.BARRIER_BYTES
     most = (plan.limits.shared_bytes_per_block - fixed) // stage_room
     window = knobs.get("window", max(1, plan.window_stages * plan.stage_bytes // stage))
@@ -52,7 +53,8 @@ def variant(plan: BlockPlan, text: str) -> BlockPlan:
     up_first = plan.config.parallel_residual and bool(knobs.get("upfirst", plan.up_first))
     made = dataclasses.replace(
         plan, ctas=ctas, splits=splits, up_first=up_first, vector_warps=vectors, warps=warps, stages=stages, tile_bytes=tile, tile_tokens=tokens, stage_tiles=tiles,
-        window_stages=min(window, stages), fifths_before_cached=knobs.get("fifths", plan.fifths_before_cached), shared_bytes=fixed + stages * stage_room,
+        window_stages=min(window, stages), early_stages=min(window, stages, knobs.get("early", -(-plan.early_stages * plan.stage_bytes // stage))),
+        fifths_before_cached=knobs.get("fifths", plan.fifths_before_cached), head_groups=groups, shared_bytes=fixed + stages * stage_room,
     )  # fmt: skip
     block.check_plan(made)
     return made
