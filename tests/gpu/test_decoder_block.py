@@ -29,6 +29,7 @@ MODES = ("split", "fused", "graph", "model")
 TINY: dict[str, dict[str, Any]] = {
     "parallel": {},
     "sequential": {"use_parallel_residual": False},
+    "two head groups": {"hidden_size": 2048, "num_attention_heads": 16, "use_parallel_residual": False},
     "full rotary, sequential": {"rotary_pct": 1.0, "use_parallel_residual": False},
     "no rotary": {"rotary_pct": 0.0},
     "rotary 0.3": {"rotary_pct": 0.3},

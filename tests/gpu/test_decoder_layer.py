@@ -286,7 +286,7 @@ def test_calls_on_two_streams_do_not_disturb_each_other(block: Block) -> None:
         assert all(equal(result, expected[i]) for result in results[i])
 
 
-@pytest.mark.parametrize(("counter", "dependency"), [(0, "attention"), (3, "hidden vector")])
+@pytest.mark.parametrize(("counter", "dependency"), [(0, "attention"), (6, "hidden vector")])
 def test_a_dependency_that_is_never_met_is_an_error_and_no_hang(block: Block, counter: int, dependency: str) -> None:
     """A counter that starts too low can never reach its target: the wait ends after some seconds and says so."""
     config = layer_config(block.weights, 300, block.config.rotary.dim, 1e-5, "gelu", True)

@@ -62,6 +62,8 @@ TINY: dict[str, dict[str, Any]] = {
     "heads longer than the residual": heads(4, 2, 128, 64),
     "heads shorter than the residual": heads(4, 2, 8, 256),
     "rows of o longer than a stage": heads(16, 4, 128, 48),
+    "two head groups": heads(16, 2, 128, 1024),
+    "two head groups of many heads": heads(34, 34, 64, 1088, attention_bias=True),
     "attention biases": {"attention_bias": True},
     "MLP biases": {"mlp_bias": True},
     "llama3 rotary, tied": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
@@ -74,7 +76,9 @@ TINY: dict[str, dict[str, Any]] = {
     "wide MLP": {"intermediate_size": 4096},
 }
 CASES = [(name, torch.float16) for name in TINY]
-CASES += [(name, torch.bfloat16) for name in ("two heads a K/V head", "heads of 80", "attention biases")]
+CASES += [
+    (name, torch.bfloat16) for name in ("two heads a K/V head", "heads of 80", "two head groups", "attention biases")
+]
 
 
 def check_everything(model: Any, length: int, prompt: int) -> None:

@@ -63,6 +63,7 @@ LLAMA = (
     {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 64},
     {"intermediate_size": 8192},  # h in four groups
 )
+HEAD_GROUPS = ({"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128},)
 
 LAYER = """
 import sys
@@ -111,8 +112,8 @@ for options in {options}:
         assert len(list(decoder.stream(3, 40, 6, temperature, seed=5))) == 6
 """
 
-# What wide models do: up first, cached tokens within down, and a pace that is kept with the other CTAs. A layer has 50 stages.
-PACED = """
+# What wide models do: up first, cached tokens within down. A layer has 50 stages.
+WIDE = """
 import sys
 sys.path.insert(0, "tests")
 import dataclasses
@@ -203,8 +204,9 @@ ReadCeiling(1 << 22, torch.device("cuda", 0)).check()
     "prefill": PREFILL,
     "prefill's kernels": PREFILL_KERNELS,
     "decode step": STEP.format(options=(PARALLEL[1], PARALLEL[4], SEQUENTIAL[0], SEQUENTIAL[2]), family="gpt_neox"),
-    "decode step, paced": PACED,
+    "decode step, wide": WIDE,
     "decode step, LLaMA": STEP.format(options=LLAMA, family="llama"),
+    "decode step, head groups": STEP.format(options=HEAD_GROUPS, family="llama"),
 }
 
 

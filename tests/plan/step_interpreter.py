@@ -20,8 +20,8 @@ from tiny_models import relative_error
 
 from clusterfusion import reference
 from clusterfusion.plan import BlockPlan, step, step_schedule
-from clusterfusion.plan.block import ROLES, Role
-from clusterfusion.plan.block_check import of_group
+from clusterfusion.plan.block import Role
+from clusterfusion.plan.block_check import ROLES, of_group
 from clusterfusion.plan.step import Action
 from clusterfusion.weights import DecoderWeights
 
@@ -214,9 +214,28 @@ class Cta:
         found, values = self.shared.get(place, (None, np.empty(0)))
         if found == (content, layer):
             return values
-        sizes = {"hidden": len(self.plan.hidden_group(0)), "attended": self.config.q_size}
+        sizes = {"hidden": len(self.plan.hidden_group(0)), "attended": self.config.q_size // self.plan.head_groups}
         size = sizes.get(content, self.config.hidden_size)
         return np.full(size if place[:2] in ("x1", "x2") else 1, np.nan, self.s.dtype)
+
+    @property
+    def parts_of_x1(self) -> Iterator[tuple[str, slice]]:
+        """The places that x1 is made of, one a head group's attention, and which elements of another vector lie in each."""
+        last, size = self.plan.head_groups - 1, self.config.q_size // self.plan.head_groups
+        for group in range(last + 1):
+            yield of_group("x1", group), slice(group * size, (group + 1) * size if group < last else None)
+
+    def put_x1(self, content: str, layer: int, values: Array) -> None:
+        for place, part in self.parts_of_x1:
+            self.put(place, content, layer, values[part])
+
+    def find_x1(self, content: str, layer: int) -> Array:
+        """A vector that takes all of x1."""
+        whole = np.empty(self.config.hidden_size, self.s.dtype)
+        for place, part in self.parts_of_x1:
+            found, values = self.shared.get(place, (None, np.empty(0)))
+            whole[part] = values if found == (content, layer) else np.nan
+        return whole
 
     def load(self, action: Action) -> None:
         memory, layer = self.s.memory, action.layer
@@ -227,10 +246,10 @@ class Cta:
             if action.rows != self.plan.attended_rows(self.cta)[0]:  # the queries are there already
                 values = np.concatenate((self.loaded["qkv"], values))
         elif action.name == "partials":
-            values = self.attention(layer)
+            values = self.attention(layer, action.group)
         else:
             values = memory.read("h", layer, action.rows)
-        self.loaded[action.name] = values
+        self.loaded[of_group(action.name, action.group)] = values
         if action.name == "x" and layer == 0:
             rows = self.plan.rows(self.config.hidden_size, self.cta)
             self.own = values[rows.start : rows.stop]
@@ -238,9 +257,9 @@ class Cta:
     def place(self, action: Action) -> None:
         name, layer = action.name, action.layer
         if name == "attended":
-            self.put("x1", name, layer, self.loaded["partials"])
+            self.put(of_group("x1", action.group), name, layer, self.loaded[of_group("partials", action.group)])
         elif name == "hidden":
-            self.put(of_group("x2", action.group), name, layer, self.loaded["h"])
+            self.put(of_group("x2", action.group), name, layer, self.loaded[of_group("h", action.group)])
         elif name == "queries":
             queries, key, value = self.rotated()
             self.put("queries", name, layer, queries)
@@ -255,13 +274,13 @@ class Cta:
         elif name == "middle_normed":
             weights = self.s.weights.layers[layer]
             normed = self.norm("middle", weights.post_norm_weight, weights.post_norm_bias)
-            self.put("x1", name, layer, normed)
+            self.put_x1(name, layer, normed)
         elif layer == self.config.num_layers:
             w = self.s.weights
-            self.put("x1", name, layer, self.norm("x", w.final_norm_weight, w.final_norm_bias))
+            self.put_x1(name, layer, self.norm("x", w.final_norm_weight, w.final_norm_bias))
         else:
             weights = self.s.weights.layers[layer]
-            self.put("x1", name, layer, self.norm("x", weights.input_norm_weight, weights.input_norm_bias))
+            self.put_x1(name, layer, self.norm("x", weights.input_norm_weight, weights.input_norm_bias))
             if self.config.parallel_residual:
                 self.put("x2", name, layer, self.norm("x", weights.post_norm_weight, weights.post_norm_bias))
             if self.config.norm != "rms_norm":
@@ -276,17 +295,17 @@ class Cta:
         s, layer, rows, group = self.s, action.layer, action.rows, action.group
         parts = step.row_parts(self.plan, action.name)
         if action.name == "lm_head":
-            x = self.find("x1", "normed", layer)
+            x = self.find_x1("normed", layer)
             self.logits = kernel.gemv(s.rows(s.weights.lm_head, rows), x, parts)[:, 0]
             return
         weights = s.weights.layers[layer]
         if action.name == "qkv":
-            x = self.find("x1", "normed", layer)
+            x = self.find_x1("normed", layer)
             weight, _ = s.projection(layer)
             self.qkv = kernel.gemv(s.rows(weight, rows), x, parts)[:, 0]
         elif action.name == "up":
-            of = ("x2", "normed") if self.config.parallel_residual else ("x1", "middle_normed")
-            x = self.find(*of, layer)
+            parallel = self.config.parallel_residual
+            x = self.find("x2", "normed", layer) if parallel else self.find_x1("middle_normed", layer)
             value = kernel.gemv(s.rows(weights.up_weight, rows), x, parts)[:, 0]
             if weights.gate_weight is not None:
                 gate = kernel.gemv(s.rows(weights.gate_weight, rows), x, parts)[:, 0]
@@ -295,14 +314,17 @@ class Cta:
             h = self.activation(self.scaled(value, self.scale_of_up, layer, self.bias(weights.up_bias, layer, rows)))
             s.memory.write("h", rows, layer, s.rounded(h))
         elif action.name == "o":
-            x = self.find("x1", "attended", layer)
-            self.put("o_sums", "o", layer, kernel.gemv(s.rows(weights.o_weight, rows), x, parts))
+            x = self.find(of_group("x1", group), "attended", layer)
+            here = step.group_parts(self.plan, "o", group)
+            weight = s.rows(weights.o_weight, rows)[:, group * len(x) : (group + 1) * len(x)]
+            sums = kernel.gemv(weight, x, parts[here.start : here.stop])
+            self.put(of_group("o_sums", group), "o", layer, sums)
         else:
             assert action.name == "down"
             x = self.find(of_group("x2", group), "hidden", layer)
-            columns, each = self.plan.hidden_group(group), len(parts) // self.plan.hidden_groups
+            columns, here = self.plan.hidden_group(group), step.group_parts(self.plan, "down", group)
             weight = s.rows(weights.down_weight, rows)[:, columns.start : columns.stop]
-            sums = kernel.gemv(weight, x, parts[group * each : (group + 1) * each])
+            sums = kernel.gemv(weight, x, parts[here.start : here.stop])
             if (
                 rows.start > self.plan.rows(self.config.hidden_size, self.cta).start
             ):  # the first rows' are there already
@@ -351,11 +373,13 @@ class Cta:
         assert bias is not None
         return kernel.layer_norm(self.loaded[of], w, self.s.array(bias), eps, warps)
 
-    def attention(self, layer: int) -> Array:
-        """The attention's output of all heads [q_size]: Attention::load_attention."""
+    def attention(self, layer: int, group: int) -> Array:
+        """The attention's output of a group's heads [q_size / head_groups]: Attention::load_attention."""
         plan, each = self.plan, self.s.memory.read("partials", layer)
-        each = each.reshape(self.config.num_heads, -1, self.config.head_dim + 2)
-        own = -(-self.config.q_size // (4 * kernel.WARP * plan.vector_warps))  # quads of a thread
+        heads = self.config.num_heads // plan.head_groups
+        each = each.reshape(self.config.num_heads, -1, self.config.head_dim + 2)[group * heads : (group + 1) * heads]
+        warps = plan.vector_warps
+        own = -(-heads * self.config.head_dim // (4 * kernel.WARP * warps))  # quads of a thread
         together = own if own * plan.partials_per_head <= kernel.LOADS or own < 4 else 4
         loaded = max(kernel.LOADS // together, 1)
         each = each[:, : plan.used_partials(self.s.position)]
@@ -458,7 +482,7 @@ class Cta:
     def folded(self, matrix: str, bias: torch.Tensor | None, layer: int, rows: range) -> Array:
         """A bias and the parts of a row's sum, in order."""
         value = self.bias(bias, layer, rows)
-        for group in range(self.plan.hidden_groups if matrix == "down" else 1):
+        for group in range(self.plan.hidden_groups if matrix == "down" else self.plan.head_groups):
             for part in self.find(of_group(f"{matrix}_sums", group), matrix, layer).T:
                 value = value + part
         return value

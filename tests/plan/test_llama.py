@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.orders import ORDERS, TILE_A_STAGE, in_order
+from plan.orders import ORDERS, TILE_A_STAGE, in_order, in_two_groups
 from plan.refusals import check_refusal
 from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_llama, weights_of
@@ -266,6 +266,8 @@ class Case:
         weights = weights_of(tiny_llama(**self.model).to(dtype))
         plan = plan_block(weights.config, dataclasses.replace(H200, multiprocessors=self.ctas))
         plan = dataclasses.replace(plan, **self.plan)
+        if "head_groups" not in self.plan:
+            plan = in_two_groups(plan)
         check_plan(plan)
         ids = random_token_ids(weights.config.vocab_size, self.position + 1)
         cache = reference.KVCache.allocate(weights.config, self.position + 1, dtype, "cpu")
@@ -305,7 +307,9 @@ CASES = {
     "llama3 rotary, tied": Case({"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "head_dim 80": Case(heads(4, 1, 80, num_hidden_layers=3)),
     "head_dim 128, many tokens": Case(heads(4, 2, 128, hidden=64), position=101, ctas=8),
-    "rows of down and of o in parts": Case(heads(8, 2, 64, hidden=32, intermediate_size=1040), ctas=12),
+    "rows of down and of o in parts": Case(
+        heads(8, 2, 64, hidden=32, intermediate_size=1040), ctas=12, plan={"head_groups": 1}
+    ),
     "h in two groups": Case({"intermediate_size": 1024}, ctas=12, plan=TILE_A_STAGE),
     "h in three groups, biases": Case(
         {"intermediate_size": 1536, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}, plan=TILE_A_STAGE
@@ -314,6 +318,17 @@ CASES = {
     "h in two groups of two tiles": Case(
         {"intermediate_size": 2048}, plan=TILE_A_STAGE | {"stage_tiles": 2, "warps": 4}
     ),
+    "heads in four groups, one each": Case(heads(8, 4, 16, num_hidden_layers=3), position=101, plan={"head_groups": 4}),
+    "heads in four groups, h in two, biases": Case(
+        heads(8, 8, 8, intermediate_size=1024, attention_bias=True, mlp_bias=True),
+        ctas=20,
+        plan=TILE_A_STAGE | {"head_groups": 4},
+    ),
+    "heads in two groups, several rows of o a tile": Case(heads(6, 2, 16, num_hidden_layers=3), ctas=6, position=101),
+    "heads in three groups, more CTAs than rows of a group": Case(
+        heads(3, 3, 8, hidden=48), ctas=60, plan={"head_groups": 3}
+    ),
+    "heads in one group": Case(plan={"head_groups": 1}),
     "a row or two a CTA": Case({"num_hidden_layers": 3}, ctas=40, position=101),
     "one CTA a bundle": Case(ctas=2, position=101),
     "nothing cached": Case(position=0),
@@ -321,8 +336,10 @@ CASES = {
 }
 
 
-def test_the_cases_have_groups_of_h() -> None:
-    assert {case.build()[0].hidden_groups for case in CASES.values()} == {1, 2, 3, 4}
+def test_the_cases_have_groups_of_heads_and_of_h() -> None:
+    plans = [case.build()[0] for case in CASES.values()]
+    assert {plan.hidden_groups for plan in plans} == {1, 2, 3, 4}
+    assert {plan.head_groups for plan in plans} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

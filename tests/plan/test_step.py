@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.orders import ORDERS, Edit, in_order
+from plan.orders import ORDERS, Edit, in_order, move
 
 from clusterfusion.architecture import DecoderConfig
 from clusterfusion.errors import UnsupportedModelError
@@ -199,17 +199,6 @@ def test_the_check_sees_anything_else_missing(order: Order, edited: Callable[[Ed
         )
         with pytest.raises(AssertionError, match="step: "):
             check_step(plan)
-
-
-def move(actions: list[Action], what: tuple[str, str], ahead_of: tuple[str, str]) -> list[Action]:
-    """In every layer, puts the first action of the one kind and name before the last of the other ahead of it."""
-    moved: list[Action] = []
-    for action in actions:
-        at = len(moved)
-        if (action.kind, action.name) == what:
-            at = max((i for i, a in enumerate(moved) if (a.kind, a.name) == ahead_of), default=at)
-        moved.insert(at, action)
-    return moved
 
 
 IN_ANY_ORDER = [

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plan.orders import ORDERS, TILE_A_STAGE
+from plan.orders import ORDERS, TILE_A_STAGE, in_two_groups
 from plan.step_interpreter import StepInterpreter, check_computes
 from tiny_models import random_token_ids, relative_error, tiny_gpt_neox, weights_of
 from torch import Tensor
@@ -44,6 +44,8 @@ class Case:
         weights = weights_of(tiny_gpt_neox(**self.model).to(dtype))
         plan = plan_block(weights.config, dataclasses.replace(H200, multiprocessors=self.ctas))
         plan = dataclasses.replace(plan, **self.plan, up_first=order == "up_first")
+        if "head_groups" not in self.plan:
+            plan = in_two_groups(plan)
         assert plan.order == order
         check_plan(plan)
         ids = random_token_ids(weights.config.vocab_size, self.position + 1)
@@ -74,6 +76,8 @@ CASES = {
     "h in two groups of two tiles": Case(
         SEQUENTIAL | {"intermediate_size": 2048}, plan=TILE_A_STAGE | {"stage_tiles": 2, "warps": 4}
     ),
+    "heads in four groups": Case(SEQUENTIAL, position=101, plan={"head_groups": 4}),
+    "heads in one group": Case(SEQUENTIAL, position=101, plan={"head_groups": 1}),
     "rows of down in three parts, sequential": Case(SEQUENTIAL | {"intermediate_size": 1040}, ctas=12),
     "rows of down in three parts": Case({"intermediate_size": 1040}, ctas=12),
     "a row or two a CTA": Case(SEQUENTIAL | {"num_hidden_layers": 3}, ctas=40, position=101),
@@ -82,10 +86,11 @@ CASES = {
         {"hidden_size": 128},
         ctas=8,
         position=101,
-        plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "stage_tiles": 1},
+        plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "early_stages": 1, "stage_tiles": 1},
     ),
     "several clusters with cached tokens": Case(
-        position=101, plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "stage_tiles": 1}
+        position=101,
+        plan={"tile_tokens": 8, "warps": 2, "stages": 4, "window_stages": 2, "early_stages": 1, "stage_tiles": 1},
     ),
     "cached tokens ahead of down": Case(position=101, plan={"fifths_before_cached": 0}),
     "cached tokens behind down": Case(position=101, plan={"fifths_before_cached": 5}),
@@ -102,16 +107,18 @@ IN_ORDERS = {f"{name}, {order}": (case, order) for name, case in CASES.items() f
 ONE_OF_EACH = [(CASES["parallel"], "up_first"), (CASES["parallel"], "qkv_first"), (CASES["sequential"], "sequential")]
 
 
-def test_the_cases_have_every_order_both_deals_of_up_and_groups_of_h() -> None:
-    seen, groups = set(), collections.defaultdict(set)
+def test_the_cases_have_every_order_both_deals_of_up_and_groups() -> None:
+    seen, groups, of_heads = set(), collections.defaultdict(set), collections.defaultdict(set)
     for case, order in IN_ORDERS.values():
         plan, *_ = case.build(order)
         up = plan.config.intermediate_size
         as_the_rest = all(sum(map(len, plan.up_groups(cta))) == len(plan.rows(up, cta)) for cta in range(plan.ctas))
         seen.add((order, as_the_rest))
         groups[order].add(plan.hidden_groups)
+        of_heads[order].add(plan.head_groups)
     assert seen == {(order, as_the_rest) for order in ORDERS for as_the_rest in (True, False)}
     assert groups == {"up_first": {1}, "qkv_first": {1}, "sequential": {1, 2, 3, 4}}
+    assert of_heads == {"up_first": {1}, "qkv_first": {1}, "sequential": {1, 2, 4}}
 
 
 @pytest.mark.parametrize(("case", "order"), IN_ORDERS.values(), ids=IN_ORDERS)
@@ -185,11 +192,14 @@ def test_a_missing_wait_shows_in_the_results(order: Order) -> None:
         for role in ROLES
         for action in step.step_schedule(plan, 4, role, 45)
         if action.kind in ("wait", "await")
-    } - {("await", "expanded"), ("await", "expanded 1"), ("await", "projected")}
+    }
+    # Which say what others have said, but for the last: that shows in one order of a hundred.
+    waits -= {("await", name) for name in ("expanded", "expanded 1", "projected", "projected 1")}
     if order == "sequential":
         assert {("wait", "middle"), ("await", "middle_normed"), ("await", "down_sums")} <= waits
         assert {("wait", "hidden"), ("wait", "hidden 1"), ("await", "hidden"), ("await", "hidden 1")} <= waits
-    assert len(waits) == (16 if order == "sequential" else 11)
+        assert {("wait", "attention"), ("wait", "attention 1"), ("await", "attended 1")} <= waits
+    assert len(waits) == (18 if order == "sequential" else 11)
     for each in sorted(waits):
 
         def schedule(

@@ -106,8 +106,8 @@ def block_shape(plan: BlockPlan, weight_type: ElementType, x_type: ElementType) 
     activation = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh", "silu": "silu"}[c.activation]
     sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rotary.dim)
     partition = (plan.ctas, plan.cluster_size, plan.queries, plan.splits, plan.vector_warps, plan.warps)
-    ring = (plan.stages, plan.tile_bytes, plan.stage_tiles, plan.window_stages)
-    cache = (plan.fifths_before_cached, plan.tile_tokens, plan.shared_bytes)
+    ring = (plan.stages, plan.tile_bytes, plan.stage_tiles, plan.window_stages, plan.early_stages)
+    cache = (plan.fifths_before_cached, plan.head_groups, plan.tile_tokens, plan.shared_bytes)
     shape = ", ".join(
         (
             _CPP_TYPES[weight_type],

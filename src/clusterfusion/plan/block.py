@@ -3,7 +3,9 @@
 The program it describes is cuda/programs/decoder_block.cu. CTA c of G reads rows [c R / G, (c + 1) R / G) of a matrix of
 R rows, but for the up projection's, which even out what the others leave uneven; in tiles of a row, or of parts of one that
 is longer than a tile. With sequential residual the up projection's rows come in hidden groups, and the down projection's parts too: what
-is multiplied by the first group of h, then by the next one. With a gated MLP a row of the up projection is a pair, its gate's row and its own.
+is multiplied by the first group of h, then by the next one. So do the rows of the projection of q, k and v in head groups, which are attended
+one after another, and of every row of o the part that is multiplied by the first one's, then by the next one's. With a gated MLP a row of the up
+projection is a pair, its gate's row and its own.
 
 `queries` query heads that share a K/V head are a bundle: all that share it, or a part. Bundle b belongs to the `splits` CTAs from
 b * splits on, whole clusters, which take its cached tokens tile by tile in turn. Rows of the projection of q, k and v come K/V head
@@ -29,6 +31,7 @@ from clusterfusion.plan.sizes import (
     TENSOR_COPY_ALIGNMENT,
     VECTOR,
     bundle_sizes,
+    by_groups,
     cache_tile_bytes,
     even_parts,
     qkv_rows,
@@ -46,9 +49,9 @@ UP_FIRST_BYTES = 200 * 1024
 # And so many fifths of down come before the cached tokens: by then the queries are there, and what is left of it hides the merge.
 FIFTHS_BEFORE_CACHED = 1
 PAIR_BYTES = 8  # a float and its epoch
-# With sequential residual, groups of h that come one after another: each has a counter.
-MOST_HIDDEN_GROUPS = 4
-COUNTER_BYTES = (4 + MOST_HIDDEN_GROUPS) * 128  # each counter on a cache line of its own
+# With sequential residual, groups of K/V heads, and of h, that come one after another: each has a counter.
+MOST_GROUPS = 4
+COUNTER_BYTES = (2 + 2 * MOST_GROUPS) * 128  # each counter on a cache line of its own
 
 # In which a layer's matrices come; which vectors are ready when follows from it. Sequential residual leaves no choice.
 Order = Literal["up_first", "qkv_first", "sequential"]
@@ -77,7 +80,9 @@ class BlockPlan:
     tile_bytes: int  # what a warp takes at a time
     stage_tiles: int  # tiles that are copied together, for as many warps
     window_stages: int
+    early_stages: int  # in flight, at most, while what they are multiplied by is not there
     fifths_before_cached: int  # with up_first: of a CTA's rows of down
+    head_groups: int  # with sequential residual: of K/V heads, which are attended, and o taken, one after another
     tile_tokens: int  # cached tokens whose keys and values are one tile
     shared_bytes: int
 
@@ -139,7 +144,7 @@ class BlockPlan:
         up = self.config.intermediate_size
         parts = -(-up * ELEMENT_BYTES // self.tile_bytes)
         groups, rest = divmod(parts, self.stage_tiles)
-        fit = not rest and groups <= MOST_HIDDEN_GROUPS and up // VECTOR % parts == 0
+        fit = not rest and groups <= MOST_GROUPS and up // VECTOR % parts == 0
         return groups if fit and not self.config.parallel_residual else 1
 
     def hidden_group(self, group: int) -> range:
@@ -191,6 +196,15 @@ class BlockPlan:
         """The K/V head that a CTA attends."""
         return cta // self.splits * self.queries // (self.config.num_heads // self.config.num_kv_heads)
 
+    def head_group(self, cta: int) -> int:
+        """The head group of the K/V head that a CTA attends."""
+        return self.kv_head(cta) // (self.config.num_kv_heads // self.head_groups)
+
+    def group_qkv(self, group: int) -> range:
+        """The rows of q, k and v in a head group."""
+        size = qkv_rows(self.config) // self.head_groups
+        return range(group * size, (group + 1) * size)
+
     def attended_rows(self, cta: int) -> tuple[range, ...]:
         """The rows of q, k and v that a CTA needs for its bundle."""
         size, group = self.config.head_dim, self.kv_head(cta) * self.group_rows
@@ -201,18 +215,19 @@ class BlockPlan:
         return range(first, first + self.queries * size), range(group + heads * size, group + self.group_rows)
 
     def rows(self, total: int, cta: int) -> range:
-        """The rows of a matrix of `total` rows that a CTA reads; of the up projection, `up_groups`."""
+        """The rows of a matrix of `total` rows that a CTA reads; of q, k and v, `qkv_groups`, of the up projection, `up_groups`."""
         return range(total * cta // self.ctas, total * (cta + 1) // self.ctas)
+
+    def qkv_groups(self, cta: int) -> tuple[range, ...]:
+        """The rows of q, k and v that a CTA reads, of each head group: in all as many as `rows` has."""
+        total = qkv_rows(self.config)
+        mine = self.rows(total, cta)
+        return by_groups(mine.start, mine.stop, total, self.head_groups)
 
     def up_groups(self, cta: int) -> tuple[range, ...]:
         """The rows of the up projection that a CTA reads, of each hidden group: in all so many that its share of all of a layer's
         weights is even to within a row, where it has enough of them to make up for a row of every other matrix."""
-        groups, first, last = self.hidden_groups, self._up_row(cta), self._up_row(cta + 1)
-
-        def row(up_row: int, group: int) -> int:  # over the groups, as many as `up_row` (Hermite's identity)
-            return self.hidden_group(group).start + (up_row + group) // groups
-
-        return tuple(range(row(first, group), row(last, group)) for group in range(groups))
+        return by_groups(self._up_row(cta), self._up_row(cta + 1), self.config.intermediate_size, self.hidden_groups)
 
     def _up_row(self, cta: int) -> int:
         hidden, up, qkv = self.config.hidden_size, self.config.intermediate_size, qkv_rows(self.config)
@@ -303,10 +318,9 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) ->
 
 
 def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
-    """What a role of a CTA does in the fused launch, in order; VectorWarps::run and TileWarps::run in the program do the
-    same."""
+    """What a role of a CTA does in the fused launch, in order, as VectorWarps::run and TileWarps::run in the program."""
     c = plan.config
-    qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
+    out, last = plan.rows(c.hidden_size, cta), plan.head_groups - 1
     if role == "tiles":
         scaled = (Step("await", "scaled"),) if c.norm == "rms_norm" else ()
         expand: tuple[Step, ...] = ()
@@ -319,7 +333,11 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             expand += (Step("read", "up", rows), Step("signal", of_group("expanded", group)))
             if not c.gated_mlp:
                 expand += (Step("arrive", of_group("hidden", group)),)
-        project = (Step("read", "qkv", qkv), *scaled, Step("publish", "qkv", qkv), Step("signal", "projected"))
+        project: tuple[Step, ...] = ()
+        for group, rows in enumerate(plan.qkv_groups(cta)):
+            project += (Step("read", "qkv", rows), *scaled, Step("publish", "qkv", rows))
+            if group == last or (plan.attends(cta) and group == plan.head_group(cta)):  # others' nobody awaits
+                project += (Step("signal", of_group("projected", group)),)
         cached: tuple[Step, ...] = ()
         if plan.attends(cta):
             cached = (Step("await", "queries"), Step("signal", "slots"))
@@ -329,7 +347,10 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
         if plan.up_first:
             first = plan.rows_before_cached(out)
             down = (*down[:1], Step("read", "down", first), *cached, Step("read", "down", range(first.stop, out.stop)))
-        output = (Step("await", "attended"), Step("read", "o", out), Step("signal", "output_sums"))
+        output: tuple[Step, ...] = ()
+        for group in range(plan.head_groups):
+            output += (Step("await", of_group("attended", group)), Step("read", of_group("o", group), out))
+        output += (Step("signal", "output_sums"),)
         yield Step("await", "normed")
         if c.parallel_residual:
             yield from (*expand, *project) if plan.up_first else (*project, *expand, *cached)
@@ -338,6 +359,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield from (*project, *cached, *output, Step("await", "middle_normed"), *expand, *down)
             yield Step("signal", "down_sums")
         return
+
     hidden: tuple[Step, ...] = ()
     for group in range(plan.hidden_groups):
         name = of_group("hidden", group)
@@ -351,7 +373,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     if plan.up_first:
         yield from hidden
     if plan.attends(cta):
-        yield Step("await", "projected")
+        yield Step("await", of_group("projected", plan.head_group(cta)))
         for rows in plan.attended_rows(cta):
             yield Step("wait", "qkv", rows)
         yield Step("signal", "queries")
@@ -360,12 +382,14 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
             yield Step("arrive", f"exchange of cluster {cta // plan.cluster_size}")
             yield Step("wait", f"exchange of cluster {cta // plan.cluster_size}", target=plan.merged_ctas)
         if plan.merged_ctas == 1 or cta % plan.cluster_size == 0:
-            yield Step("arrive", "attention")
+            yield Step("arrive", of_group("attention", plan.head_group(cta)))
     if c.parallel_residual and not plan.up_first:
         yield from hidden
-    yield Step("wait", "attention", target=plan.bundles * plan.partials_per_head)
-    yield Step("await", "projected")
-    yield Step("signal", "attended")
+    for group in range(plan.head_groups):
+        arrivals = plan.bundles // plan.head_groups * plan.partials_per_head
+        yield Step("wait", of_group("attention", group), target=arrivals)
+        yield Step("await", of_group("projected", last))
+        yield Step("signal", of_group("attended", group))
     yield Step("await", "output_sums")
     if not c.parallel_residual:
         yield Step("arrive", "middle")
@@ -389,8 +413,14 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.bundles * plan.splits <= plan.ctas, "CTAs for every bundle", plan.splits)
     check(plan.splits == 1 or plan.splits % plan.cluster_size == 0, "a cluster works on one bundle", plan.splits)
     check(not plan.up_first or c.parallel_residual, "sequential residual has one order", plan.up_first)
+    groups = plan.head_groups
+    check(0 < groups <= (1 if c.parallel_residual else MOST_GROUPS), "a counter for each head group", groups)
+    check(c.num_kv_heads % groups == 0, "head groups are alike", groups)
+    o_bytes = c.q_size // groups * ELEMENT_BYTES
+    check(groups == 1 or o_bytes <= plan.tile_bytes, "what a head group is for of a row of o fits a tile", o_bytes)
     check(plan.warps % plan.stage_tiles == 0, "a team has a warp for each tile of a stage", plan.warps)
     check(0 < plan.window_stages <= plan.stages, "the window is part of the ring", plan.window_stages)
+    check(0 < plan.early_stages <= plan.window_stages, "no more in flight early than else", plan.early_stages)
     teams = plan.warps // plan.stage_tiles
     told_apart = tells_uses_apart(plan.stages, teams, plan.window_stages)
     check(told_apart, "no wait can see an older use of its stage", (plan.stages, teams, plan.window_stages))
@@ -402,5 +432,5 @@ def check_plan(plan: BlockPlan) -> None:
     check(plan.threads <= 1024, "threads of a CTA", plan.threads)
     check(0 < plan.tile_tokens <= MAX_TILE_TOKENS, "a tensor copy's box", plan.tile_tokens)
     schedules = {(cta, role): list(schedule(plan, cta, role)) for cta in range(plan.ctas) for role in ROLES}
-    check_coverage(c, plan.hidden_groups, schedules)
+    check_coverage(c, plan.head_groups, plan.hidden_groups, schedules)
     check_progress(c, schedules)

@@ -18,7 +18,7 @@ ROLES: tuple[Role, ...] = ("vectors", "tiles")
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One thing that a role of a CTA does in the fused launch: read rows of a matrix, publish tagged rows
-    or wait for some, arrive at a counter or wait for one, signal the CTA's other role or await its signal."""
+    or wait for some, arrive at a counter or wait for one, signal the CTA's other roles or await a signal of one."""
 
     kind: Literal["read", "publish", "arrive", "wait", "signal", "await"]
     name: str
@@ -30,13 +30,15 @@ Schedules = Mapping[tuple[int, Role], Sequence[Step]]  # of every CTA and role
 
 
 def of_group(name: str, group: int) -> str:
-    """What is called `name` of a hidden group; of the first one, which may be the only one, just so."""
+    """What is called `name` of a head group or a hidden group; of the first one, which may be the only one, just so."""
     return f"{name} {group}" if group else name
 
 
-def check_coverage(c: DecoderConfig, hidden_groups: int, schedules: Schedules) -> None:
-    """Every row of every matrix is read once, of down the parts for every hidden group, and every row of q, k and v published."""
-    sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size, "o": c.hidden_size}
+def check_coverage(c: DecoderConfig, head_groups: int, hidden_groups: int, schedules: Schedules) -> None:
+    """Every row of every matrix is read once, of o the parts for every head group, of down those for every hidden group, and every row
+    of q, k and v published."""
+    sizes = {"qkv": qkv_rows(c), "up": c.intermediate_size}
+    sizes |= {of_group("o", group): c.hidden_size for group in range(head_groups)}
     sizes |= {of_group("down", group): c.hidden_size for group in range(hidden_groups)}
     dealt: dict[tuple[str, str], list[range]] = collections.defaultdict(list)
     for steps in schedules.values():

@@ -18,6 +18,7 @@ from clusterfusion.plan.sizes import (
     cache_tile_tokens,
     even_parts,
     fixed_shared_bytes,
+    head_groups,
     round_up,
     tokens_a_pass,
     value_spans,
@@ -46,16 +47,15 @@ MOST_SPANS_AT_EASE = 2
 MOST_WARPS_OF_WIDE, MOST_STAGE_TILES_OF_WIDE = 12, 2
 SCARCE_SHARED_BYTES = 128 * 1024
 
-# The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 8B: 32 to 40, 40, 50, 56 and 56 KB in flight are best. Messages between CTAs
-# queue behind what is in flight, and the more often a layer's weights wait for one, the more that costs.
+# In flight, at most, from memory to a CTA. Messages between CTAs queue behind it; but who is behind the others catches up with it, as long as those that
+# wait for it leave it the memory: they have no more stages in flight than EARLY_BYTES take, until what they wait for is there.
+# The whole step of 410M, 1.4B, 2.8B, 6.9B, LLaMA 1B, LLaMA 8B: best with 40 KB, 48, 60, 72, 64 to 72 and 72 KB; and 16 KB, 32, 40, 32, 24 to 32
+# and 32 KB.
 NARROW_HIDDEN_SIZE = 2048
-NARROW_WINDOW_BYTES = 40960
-WINDOW_BYTES = 51200
-# From here on a layer's weights last long enough for more bytes in flight.
-WIDE_HIDDEN_SIZE = 3072
-WIDE_WINDOW_BYTES = 57344
-# A CTA that is behind the others may have so many stages more in flight (cuda/block/pace.cuh).
-MORE_IN_FLIGHT = 3
+NARROW_WINDOW_BYTES, NARROW_EARLY_BYTES = 40960, 16384  # below it
+WINDOW_BYTES_AN_ELEMENT = 24  # of hidden_size, from there on
+MOST_WINDOW_BYTES, EARLY_BYTES = 73728, 32768
+ENOUGH_RING_BYTES = 57344  # of a ring, where there is a choice
 
 
 class Ring(NamedTuple):
@@ -67,21 +67,30 @@ class Ring(NamedTuple):
     tile_bytes: int
     stage_tiles: int
     window_stages: int
+    early_stages: int
+    head_groups: int
     tile_tokens: int
     shared_bytes: int
 
 
 def window_bytes(config: DecoderConfig) -> int:
-    """In flight, at most, from memory to a CTA."""
-    if config.hidden_size >= WIDE_HIDDEN_SIZE:
-        return WIDE_WINDOW_BYTES
-    return NARROW_WINDOW_BYTES if config.hidden_size <= NARROW_HIDDEN_SIZE else WINDOW_BYTES
+    """In flight, at most, from memory to a CTA: with sequential residual, where CTAs wait for one another most often, the most."""
+    if config.hidden_size < NARROW_HIDDEN_SIZE:
+        return NARROW_WINDOW_BYTES
+    if not config.parallel_residual:
+        return MOST_WINDOW_BYTES
+    return min(WINDOW_BYTES_AN_ELEMENT * config.hidden_size, MOST_WINDOW_BYTES)
+
+
+def early_bytes(config: DecoderConfig) -> int:
+    """The same, at least, while what it is multiplied by is not there yet."""
+    return NARROW_EARLY_BYTES if config.hidden_size < NARROW_HIDDEN_SIZE else EARLY_BYTES
 
 
 def tells_uses_apart(stages: int, teams: int, window: int) -> bool:
     """Whether nobody who waits for a stage can see an older use of it (cuda/ops/ring.cuh): it is always the same team's, or the ring holds
     a stage of every team and all that may be in flight."""
-    return stages % teams == 0 or stages >= teams + min(window + MORE_IN_FLIGHT, stages)
+    return stages % teams == 0 or stages >= teams + window
 
 
 def is_scarce(limits: PlanLimits) -> bool:
@@ -90,7 +99,7 @@ def is_scarce(limits: PlanLimits) -> bool:
 
 def enough_bytes(config: DecoderConfig, limits: PlanLimits) -> int:
     """So deep a ring must be at least, where there is a choice."""
-    return 2 * TARGET_STAGE_BYTES if is_scarce(limits) else window_bytes(config)
+    return 2 * TARGET_STAGE_BYTES if is_scarce(limits) else min(window_bytes(config), ENOUGH_RING_BYTES)
 
 
 def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> Ring:
@@ -103,6 +112,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     pass_bytes = cache_tile_bytes(config, tokens_a_pass(config))  # cached tokens fit a tile too
     tile_bytes = round_up(max(rows * row_bytes, pass_bytes), TENSOR_COPY_ALIGNMENT)
     tile_tokens = cache_tile_tokens(config, tile_bytes)
+    groups = head_groups(config, tile_bytes)
     stage_tiles = 1
     most_stage_tiles = MOST_STAGE_TILES_OF_WIDE if wide else MOST_STAGE_TILES
     while stage_tiles < most_stage_tiles and tile_bytes * stage_tiles * 3 // 2 <= TARGET_STAGE_BYTES:
@@ -115,7 +125,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
     window = max(1, window_bytes(config) // stage_bytes)
 
     def fixed(warps: int) -> int:
-        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps)
+        return fixed_shared_bytes(config, ctas, queries, tile_bytes, warps, groups)
 
     def stages_with(warps: int) -> int:
         room = min(max((limits.shared_bytes_per_block - fixed(warps)) // stage_room, 0), MAX_STAGES)
@@ -153,6 +163,8 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         tile_bytes=tile_bytes,
         stage_tiles=stage_tiles,
         window_stages=max(1, min(stages, window)),
+        early_stages=max(1, min(stages, window, -(-early_bytes(config) // stage_bytes))),
+        head_groups=groups,
         tile_tokens=tile_tokens,
         shared_bytes=fixed(warps) + stages * stage_room if stages else fixed(2) + 2 * stage_room,
     )

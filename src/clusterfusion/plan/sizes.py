@@ -16,6 +16,8 @@ PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum,
 # Of a bundle's query heads, of up to 64 dimensions, or of more; and of its value_spans: beyond, registers do not suffice.
 MOST_QUERIES, MOST_WIDE_QUERIES = 8, 6
 MOST_VALUE_SPANS = 4
+MOST_HEAD_GROUPS = 2  # of a plan's own choice
+LEAST_PART_BYTES = 2048  # of a row of o, for a head group: a copy each
 
 
 def qkv_rows(config: DecoderConfig) -> int:
@@ -29,6 +31,27 @@ def bundle_sizes(config: DecoderConfig) -> list[int]:
     group = config.num_heads // config.num_kv_heads
     most = min(group, MOST_QUERIES if config.head_dim <= 64 else MOST_WIDE_QUERIES)
     return [n for n in range(most, 0, -1) if group % n == 0 and value_spans(config, n) <= MOST_VALUE_SPANS]
+
+
+def head_groups(config: DecoderConfig, tile_bytes: int) -> int:
+    """Groups of K/V heads, alike, that come one after another where nothing else hides attention: with sequential residual."""
+    fits = [
+        groups
+        for groups in range(1, MOST_HEAD_GROUPS + 1)
+        if config.num_kv_heads % groups == 0
+        and LEAST_PART_BYTES <= config.q_size // groups * ELEMENT_BYTES <= tile_bytes
+    ]
+    return 1 if config.parallel_residual or not fits else fits[-1]
+
+
+def by_groups(first: int, last: int, total: int, groups: int) -> tuple[range, ...]:
+    """Of `total` rows in groups that are alike, what a CTA has of each that without groups had those from `first` up to `last`: over the
+    groups as many (Hermite's identity), and of all CTAs each row once."""
+    size = total // groups
+    return tuple(
+        range(group * size + (first + group) // groups, group * size + (last + group) // groups)
+        for group in range(groups)
+    )
 
 
 def value_spans(config: DecoderConfig, queries: int) -> int:
@@ -67,8 +90,9 @@ def fixed_shared_bytes(
     queries: int,
     tile_bytes: int,
     warps: int,
+    groups: int,
 ) -> int:
-    """Shared memory beside the ring, in the order of the program's struct, with room for its padding. The
+    """Shared memory beside the ring, with so many head `groups`, in the order of the program's struct, with room for its padding. The
     program asserts at compile time that its struct fits."""
     c = config
     vector = 4 * max(c.hidden_size, c.q_size)
@@ -76,7 +100,8 @@ def fixed_shared_bytes(
     vectors = vector + (max(vector, hidden) if c.parallel_residual else hidden)
     partial = queries * 4 * (c.head_dim + PARTIAL_PADDING)
     out_rows = -(-c.hidden_size // ctas) + 1
-    o_parts, down_parts = (-(-size * ELEMENT_BYTES // tile_bytes) for size in (c.q_size, c.intermediate_size))
+    down_parts = -(-c.intermediate_size * ELEMENT_BYTES // tile_bytes)
+    o_parts = groups * -(-c.q_size // groups * ELEMENT_BYTES // tile_bytes)
     slots = (warps + 1) * partial
     if not c.parallel_residual and slots <= hidden:  # they lie where h will be
         slots = 16
@@ -87,7 +112,7 @@ def fixed_shared_bytes(
         bias_rows += up_rows + 2 * up_rows  # the gates', and the sums of both
     # o and down sums, biases, and the CTA's rows of the residual; a candidate a tile warp.
     rows = 4 * (out_rows * (1 + o_parts + down_parts) + bias_rows) + 16 * warps
-    return vectors + attention + rows + 704
+    return vectors + attention + rows + 768
 
 
 def cache_tile_bytes(config: DecoderConfig, tokens: int) -> int:

@@ -6,9 +6,9 @@ order: its tile warps multiply weights, its vector warps make what they are mult
 does and in which order; the tile warps' reads, weights and cached tokens, in the same order, are what the producer copies through the ring.
 plan/step_check.py proves it sound.
 
-What CTAs tell one another: counters, which only grow (attention, token; hidden, one a group of h; exchange, one a cluster), and vectors whose
+What CTAs tell one another: counters, which only grow (token; attention, one a head group; hidden, one a group of h; exchange, one a cluster), and vectors whose
 rows tell of themselves whose they are, qkv as pairs of value and epoch, x and for sequential residual middle by a mark in the value, and need
-no counter. What the roles of a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity; for each group of h one
+no counter. What the roles of a CTA tell each other: signals, once a layer each, that are awaited by the layer's parity; for each group one
 of its own. An RMSNorm's factor, and the layer's biases, follow the vector that it belongs to.
 """
 
@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from clusterfusion.plan.block import MATRICES, BlockPlan
 from clusterfusion.plan.block_check import Role, of_group
-from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR, qkv_rows
+from clusterfusion.plan.sizes import ELEMENT_BYTES, VECTOR
 
 X_BUFFERS = 2  # of the residual stream, middle included, in turn; every other vector has one
 
@@ -29,16 +29,16 @@ TAGGED = ("qkv", "x", "middle")
 class Action(NamedTuple):
     """One thing that a role of a CTA does in a step.
 
-    read: take `rows` of the matrix `name` of `layer`, of "down" the parts that are multiplied by `group` of h; name "kv": the
+    read: take `rows` of the matrix `name` of `layer`, of "o" and "down" the parts that are multiplied by `group`; name "kv": the
         tiles `rows` of its bundle's cached tokens.
     finish: with a gated MLP: make the CTA's `rows` of h of the sums of up that its tile warps have left, and write them.
     publish: write the CTA's `rows` of the vector `name` of `layer`, each tagged. x of layer l is what layer l
         starts from, x of layer num_layers what the final norm takes.
     arrive: add one to the counter `name`.
     wait: until the counter `name` is `target` or more; for a tagged vector, until all `rows` are those of `layer`.
-    load: from memory into registers: the vector `name`; x of layer 0 is the embedding of the token.
-    place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by, of h one group.
-    signal: that the CTA's other role may go on, and await: until it has said so for this layer.
+    load: from memory into registers: the vector `name`, of h and of attention's "partials" one group; x of layer 0 is the embedding of the token.
+    place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by, of h and of attention one group.
+    signal: that the CTA's other roles may go on, and await: until one has said so for this layer.
     """
 
     kind: Literal["read", "finish", "publish", "arrive", "wait", "load", "place", "signal", "await"]
@@ -46,7 +46,7 @@ class Action(NamedTuple):
     layer: int  # num_layers after the last one
     rows: range = range(0)
     target: int = 0
-    group: int = 0  # of h, where it is about one
+    group: int = 0  # of heads or of h, where it is about one
 
     @property
     def label(self) -> str:
@@ -56,7 +56,7 @@ class Action(NamedTuple):
 
 class Stage(NamedTuple):
     """What one stage of the ring holds: `tiles` tiles, the first of which starts with row `first`, or is part `part` of it where
-    a row takes several; of name "kv", cached tokens from tile `first` on. Rows count as they are streamed: with a gate, two for a row of up."""
+    a row has several; of name "kv", cached tokens from tile `first` on. Rows count as they are streamed: with a gate, two for a row of up."""
 
     name: str
     layer: int
@@ -94,6 +94,17 @@ def _normed(plan: BlockPlan, layer: int) -> Iterator[Action]:
         yield Action("signal", "scaled", layer)
 
 
+def _bring(plan: BlockPlan, layer: int) -> Iterator[Action]:
+    """Attention, head group by head group. Its place is a part of the normed input's, which q, k and v of all groups are made of."""
+    arrivals = plan.bundles // plan.head_groups * plan.partials_per_head
+    for group in range(plan.head_groups):
+        yield Action("wait", "attention", layer, target=(layer + 1) * arrivals, group=group)
+        yield Action("load", "partials", layer, group=group)
+        yield Action("await", "projected", layer, group=plan.head_groups - 1)
+        yield Action("place", "attended", layer, group=group)
+        yield Action("signal", "attended", layer, group=group)
+
+
 def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
     """A layer of the vector warps: VectorWarps::run of the program."""
     c = plan.config
@@ -120,7 +131,7 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
         yield from hidden
     tells = plan.attends(cta) and (plan.merged_ctas == 1 or cta % plan.cluster_size == 0)
     if plan.works(cta, position):
-        yield Action("await", "projected", layer)  # before, nobody else's are there either
+        yield Action("await", "projected", layer, group=plan.head_group(cta))  # before, nobody else's are there either
         for kind in ("wait", "load"):
             for rows in plan.attended_rows(cta):
                 yield Action(kind, "qkv", layer, rows)
@@ -131,14 +142,10 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
             yield Action("arrive", "exchange", layer)
             yield wait("exchange", plan.merged_ctas)
     if tells:  # of a cluster that has nothing to give, too: all have attended the layer before, whose x it has read
-        yield Action("arrive", "attention", layer)
+        yield Action("arrive", "attention", layer, group=plan.head_group(cta))
     if c.parallel_residual and not plan.up_first:
         yield from hidden
-    yield wait("attention", plan.bundles * plan.partials_per_head)
-    yield Action("load", "partials", layer)
-    yield Action("await", "projected", layer)
-    yield Action("place", "attended", layer)
-    yield Action("signal", "attended", layer)
+    yield from _bring(plan, layer)
     yield Action("await", "output_sums", layer)
     if not c.parallel_residual:
         yield Action("publish", "middle", layer, out)
@@ -158,7 +165,7 @@ def _vectors(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[A
 def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Action]:
     """A layer of the tile warps: TileWarps::run of the program."""
     c = plan.config
-    qkv, out = (plan.rows(rows, cta) for rows in (qkv_rows(c), c.hidden_size))
+    out, works = plan.rows(c.hidden_size, cta), plan.works(cta, position)
     # The program awaits a factor when it has a row's sum: the vector that it belongs to is there by then.
     scaled = (Action("await", "scaled", layer),) if c.norm == "rms_norm" else ()
     expand: tuple[Action, ...] = ()
@@ -171,14 +178,15 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
         expand += (Action("read", "up", layer, rows, group=group), Action("signal", "expanded", layer, group=group))
         if not c.gated_mlp:
             expand += (Action("arrive", "hidden", layer, group=group),)
-    project = (
-        Action("read", "qkv", layer, qkv),
-        *scaled,
-        Action("publish", "qkv", layer, qkv),
-        Action("signal", "projected", layer),
-    )
+    project: tuple[Action, ...] = ()
+    for group, rows in enumerate(plan.qkv_groups(cta)):
+        project += (Action("read", "qkv", layer, rows, group=group), *scaled)
+        project += (Action("publish", "qkv", layer, rows, group=group),)
+        # The program signals for every group. What nobody awaits in this CTA is left out: it proves nothing, and harms nobody.
+        if group == plan.head_groups - 1 or (works and group == plan.head_group(cta)):
+            project += (Action("signal", "projected", layer, group=group),)
     cached: tuple[Action, ...] = ()
-    if plan.works(cta, position):
+    if works:
         tiles = cached_tiles(plan, cta, position)
         cached = (
             Action("await", "queries", layer),
@@ -192,11 +200,10 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
         first = plan.rows_before_cached(out)
         rest = Action("read", "down", layer, range(first.stop, out.stop))
         down = (*down[:1], Action("read", "down", layer, first), *cached, rest)
-    output = (
-        Action("await", "attended", layer),
-        Action("read", "o", layer, out),
-        Action("signal", "output_sums", layer),
-    )
+    output: tuple[Action, ...] = ()
+    for group in range(plan.head_groups):
+        output += (Action("await", "attended", layer, group=group), Action("read", "o", layer, out, group=group))
+    output += (Action("signal", "output_sums", layer),)
     yield Action("await", "normed", layer)
     if c.parallel_residual:
         yield from (*expand, *project) if plan.up_first else (*project, *expand, *cached)
@@ -236,16 +243,32 @@ def streamed_rows(plan: BlockPlan, name: str, rows: range) -> range:
 
 
 def rows_a_tile(plan: BlockPlan, name: str) -> int:
-    """Whole rows of a matrix that travel as one tile; 1 where a row takes several tiles."""
-    return max(1, plan.tile_bytes // (columns(plan, name) * ELEMENT_BYTES))
+    """Whole rows of a matrix, of o what a head group is for of them, that travel as one tile; 1 where those take several tiles."""
+    return max(1, plan.tile_bytes // (columns(plan, name) // _groups(plan, name) * ELEMENT_BYTES))
 
 
 def row_parts(plan: BlockPlan, name: str) -> tuple[int, ...]:
     """The elements of a matrix's row that each of its tiles brings: one number unless the row is longer than a tile."""
-    elements = columns(plan, name)
+    groups = _groups(plan, name)
+    elements = columns(plan, name) // groups
     parts = -(-elements * ELEMENT_BYTES // plan.tile_bytes)
     each = -(-elements // VECTOR // parts) * VECTOR
-    return tuple(min(each, elements - part * each) for part in range(parts))
+    return groups * tuple(min(each, elements - part * each) for part in range(parts))
+
+
+def _groups(plan: BlockPlan, name: str) -> int:
+    """Groups that a matrix's rows are cut for, ahead of tiles: a hidden group is of tiles as they come."""
+    return plan.head_groups if name == "o" else 1
+
+
+def group_parts(plan: BlockPlan, name: str, group: int) -> range:
+    """Which of a row's parts are multiplied by a group: of o, of heads, and of down, of h. Of others, all."""
+    parts = range(len(row_parts(plan, name)))
+    groups = {"o": plan.head_groups, "down": plan.hidden_groups}.get(name)
+    if groups is None:
+        return parts
+    each = len(parts) // groups
+    return parts[group * each : (group + 1) * each]
 
 
 def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
@@ -257,10 +280,7 @@ def stages(plan: BlockPlan, read: Action) -> Iterator[Stage]:
             yield Stage("kv", read.layer, cached[0], 0, len(cached), len(cached) * tile)
         return
     parts = row_parts(plan, read.name)
-    here = range(len(parts))  # the parts that this read takes of a row
-    if read.name == "down":
-        each = len(parts) // plan.hidden_groups
-        here = here[read.group * each : (read.group + 1) * each]
+    here = group_parts(plan, read.name, read.group)
     step = rows_a_tile(plan, read.name)
     streamed = streamed_rows(plan, read.name, read.rows)
     tiles = [
@@ -280,9 +300,9 @@ def producer_order(plan: BlockPlan, cta: int, position: int = 0) -> Iterator[Sta
     c = plan.config
     out = plan.rows(c.hidden_size, cta)
     rows = {
-        "qkv": (plan.rows(qkv_rows(c), cta),),
+        "qkv": plan.qkv_groups(cta),
         "up": plan.up_groups(cta),
-        "o": (out,),
+        "o": (out,) * plan.head_groups,
         "down": (out,) * plan.hidden_groups,
     }
     before = {"up_first": "down", "qkv_first": "down", "sequential": "o"}[
@@ -312,7 +332,7 @@ def balance(plan: BlockPlan, position: int = 0) -> dict[str, float]:
     read = {name: [0] * plan.ctas for name in ("qkv", "kv", "up", "o", "down", "lm_head", "step")}
     for cta in range(plan.ctas):
         for name, rows, layers in (
-            ("qkv", plan.rows(qkv_rows(c), cta), c.num_layers),
+            *(("qkv", rows, c.num_layers) for rows in plan.qkv_groups(cta)),
             *(("up", rows, c.num_layers) for rows in plan.up_groups(cta)),
             ("o", plan.rows(c.hidden_size, cta), c.num_layers),
             ("down", plan.rows(c.hidden_size, cta), c.num_layers),

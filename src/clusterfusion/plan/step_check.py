@@ -16,7 +16,7 @@ are not given again before they are awaited, so what is waited for, once there, 
 A launch may take several steps. Between two of them stands the choice of the token, which the vector warps wait for: it is made
 when all CTAs have arrived, and each arrival comes after all that its CTA has done in the step, which is checked. So nothing
 of a step meets anything of the next one but what the producer copies: weights, which never change, and cached tokens, before
-the first of which it waits for attention of the step before.
+the first of which it waits for its head group's attention of the step before.
 
 What is taken for granted: the threads of a role are one (all of them signal and await), and who has read a pair comes after all
 that its writer did before: of what the writer has read, because what it publishes is computed from that.
@@ -38,6 +38,7 @@ from clusterfusion.plan.step_coverage import (
     Key,
     check_cached_tokens,
     check_layers_alike,
+    check_places,
     check_rows,
     require,
     scope_of,
@@ -98,6 +99,7 @@ def _check_at(plan: BlockPlan, position: int) -> None:
     schedules = [[list(step.step_schedule(plan, cta, role, position)) for role in ROLES] for cta in range(plan.ctas)]
     check_rows(plan, schedules, position)
     check_layers_alike(plan, schedules)
+    check_places(plan, schedules)
     few = dataclasses.replace(plan, config=dataclasses.replace(c, num_layers=min(c.num_layers, LAYERS_RUN)))
     for cta, roles in enumerate(schedules):
         for role, actions in zip(ROLES, roles, strict=True):
@@ -216,7 +218,7 @@ def run_step(plan: BlockPlan, position: int) -> Run:
                 _record(plan, run, actor.cta, action, before, event)
                 actor.done += 1
                 moved = True
-    stuck = {(a.cta, ROLES[a.number % 2]): a.actions[a.done] for a in actors if a.done < len(a.actions)}
+    stuck = {(a.cta, ROLES[a.number % len(ROLES)]): a.actions[a.done] for a in actors if a.done < len(a.actions)}
     require(not stuck, "no deadlock", dict(list(stuck.items())[:3]))
     for actor in actors:
         left = [*actor.ring, *actor.producer]
@@ -243,15 +245,18 @@ def _record(plan: BlockPlan, run: Run, cta: int, action: Action, before: Event, 
 def _key(plan: BlockPlan, cta: int, action: Action) -> Key:
     if action.kind in ("signal", "await"):
         return f"signal {action.label}", action.layer, cta
-    return action.label, action.layer, scope_of(plan, cta, action.name)
+    name = action.name if action.name in step.TAGGED else action.label  # rows of any group tell of themselves
+    return name, action.layer, scope_of(plan, cta, action.name)
 
 
 def _parts(plan: BlockPlan, cta: int, name: str, action: Action) -> Iterable[int]:
     """The parts of a vector that are complete by themselves, of which an action writes or uses some: of q, k and v what one bundle
-    needs, or one head; of h a group; of others the cluster's or all."""
+    needs, or one head; of h a group, of partials one of heads: whose bundle's they are; of others the cluster's or all."""
     rows = action.rows
     if name == "h":
         return (action.group,)
+    if name == "partials":
+        return (plan.head_group(cta) if action.kind == "arrive" else action.group,)
     if name != "qkv":
         return (scope_of(plan, cta, name),)
     c = plan.config
@@ -308,13 +313,15 @@ def _check_waits(run: Run) -> None:
 def _check_signals(run: Run) -> None:
     """Parity tells a signal's rounds apart: who awaits one can meet neither the one before nor the one after."""
     for (cta, name), (signals, awaits) in run.rounds.items():
-        given, wanted = [layer for layer, _ in signals], list(dict.fromkeys(layer for layer, _, _ in awaits))
+        given = [layer for layer, _ in signals]
         where = f"{name} of CTA {cta}"
         require(given == list(range(len(given))), f"{where} is signalled once a layer", given)
-        require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
-        require(
-            not {e.actor for _, e in signals} & {e.actor for _, e, _ in awaits}, f"{where} is the other role's", cta
-        )
+        givers, takers = {e.actor for _, e in signals}, {e.actor for _, e, _ in awaits}
+        require(len(givers) == 1 and not givers & takers, f"{where} is one other role's", (givers, takers))
+        require(bool(takers), f"{where} is awaited in every layer in which it is signalled", takers)
+        for taker in takers:
+            wanted = list(dict.fromkeys(layer for layer, _, e in awaits if e.actor == taker))
+            require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
         for layer, begin, over in awaits:
             if layer > 0:
                 fault = unordered([signals[layer - 1][1]], [begin])
@@ -325,16 +332,15 @@ def _check_signals(run: Run) -> None:
 
 
 def _check_end(run: Run) -> None:
-    """Who arrives for the choice of the token has done with the step, and so has its CTA's other role."""
+    """Who arrives for the choice of the token has done with the step, and so have its CTA's other roles."""
     ends = [event for (name, *_), events in run.arrivals.items() if name == "token" for event in events]
     require(len(ends) * len(ROLES) == len(run.lengths), "every CTA arrives for the choice of the token", len(ends))
     for event in ends:
-        first = event.actor // len(ROLES) * len(ROLES)
-        done = [event.at + 1 if a == event.actor else event.clock[a] for a in range(first, first + len(ROLES))]
-        wanted = run.lengths[first : first + len(ROLES)]
-        require(
-            done == wanted, f"CTA {first // len(ROLES)} arrives for the choice of the token at its end", (done, wanted)
-        )
+        cta = event.actor // len(ROLES)
+        actors = range(cta * len(ROLES), (cta + 1) * len(ROLES))
+        done = [event.at + 1 if actor == event.actor else event.clock[actor] for actor in actors]
+        wanted = [run.lengths[actor] for actor in actors]
+        require(done == wanted, f"CTA {cta} arrives for the choice of the token at its end", (done, wanted))
 
 
 def _check_shared(run: Run) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from clusterfusion.plan import step
 from clusterfusion.plan.block import BlockPlan
 from clusterfusion.plan.block_check import ROLES
-from clusterfusion.plan.sizes import qkv_rows
 from clusterfusion.plan.step import Action
 
 Key = tuple[
     str, int, int
-]  # a counter, vector or signal, with its group of h, its layer, and the cluster or CTA where each has its own (else 0)
+]  # a counter, vector or signal, with its group, its layer, and the cluster or CTA where each has its own (else 0)
 
 
 def check_cached_tokens(plan: BlockPlan, position: int) -> None:
@@ -36,12 +35,17 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
     c = plan.config
     layers = range(c.num_layers)
     hidden = range(c.hidden_size)
-    groups = [(group, layer) for group in range(plan.hidden_groups) for layer in layers]
-    wanted_rows = {("read", "o", layer, 0): hidden for layer in layers}
-    wanted_rows |= {(kind, "qkv", layer, 0): range(qkv_rows(c)) for kind in ("read", "publish") for layer in layers}
+    groups, of_heads = (
+        [(group, layer) for group in range(count) for layer in layers]
+        for count in (plan.hidden_groups, plan.head_groups)
+    )
+    wanted_rows = {
+        (kind, "qkv", at, group): plan.group_qkv(group) for kind in ("read", "publish") for group, at in of_heads
+    }
+    wanted_rows |= {("read", "o", layer, group): hidden for group, layer in of_heads}  # and the parts for that group
     for name, kind in (("up", "read"), *((("h", "finish"),) if c.gated_mlp else ())):
         wanted_rows |= {(kind, name, layer, group): plan.hidden_group(group) for group, layer in groups}
-    wanted_rows |= {("read", "down", layer, group): hidden for group, layer in groups}  # and the parts for that group
+    wanted_rows |= {("read", "down", layer, group): hidden for group, layer in groups}  # likewise
     wanted_rows |= {("read", "lm_head", c.num_layers, 0): range(c.vocab_size)}
     wanted_rows |= {("publish", "x", layer + 1, 0): hidden for layer in layers}
     if not c.parallel_residual:
@@ -71,15 +75,18 @@ def check_rows(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]],
 
 
 def _check_parts(plan: BlockPlan) -> None:
-    """The tiles of a row of down come once, those of a hidden group together, and bring the columns that the group is for."""
-    sizes, taken = step.row_parts(plan, "down"), []
-    for group in range(plan.hidden_groups):
-        read = Action("read", "down", 0, range(1), group=group)
-        parts = [stage.part + tile for stage in step.stages(plan, read) for tile in range(stage.tiles)]
-        columns = range(sum(sizes[: parts[0]]), sum(sizes[: parts[-1] + 1]))
-        require(columns == plan.hidden_group(group), f"what group {group} of h is multiplied by", columns)
-        taken += parts
-    require(taken == list(range(len(sizes))), "every part of a row of down is read once", taken)
+    """The tiles of a row of o and of down come once, those of a group together, and bring the columns that the group is for."""
+    for name, groups in (("o", plan.head_groups), ("down", plan.hidden_groups)):
+        sizes, taken = step.row_parts(plan, name), list[int]()
+        size = step.columns(plan, name) // groups
+        for group in range(groups):
+            read = Action("read", name, 0, range(1), group=group)
+            parts = [stage.part + tile for stage in step.stages(plan, read) for tile in range(stage.tiles)]
+            columns = range(sum(sizes[: parts[0]]), sum(sizes[: parts[-1] + 1]))
+            wanted = range(group * size, (group + 1) * size)
+            require(columns == wanted, f"what group {group} is multiplied by of a row of {name}", columns)
+            taken += parts
+        require(taken == list(range(len(sizes))), f"every part of a row of {name} is read once", taken)
 
 
 def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
@@ -113,6 +120,19 @@ def check_layers_alike(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Ac
                 require(
                     by_layer[layer] == [*first, *by_layer[0]], f"layer {layer} is as layer 0", (cta, by_layer[layer])
                 )
+
+
+def check_places(plan: BlockPlan, schedules: Sequence[Sequence[Sequence[Action]]]) -> None:
+    """Who brings attention has awaited itself that all of the CTA's q, k and v are projected, after which its place is free: as long as no
+    wait for a counter expires, some counters say as much."""
+    for cta, roles in enumerate(schedules):
+        for actions in roles:
+            awaited = set[int]()  # in which layers
+            for action in actions:
+                if (action.kind, action.name, action.group) == ("await", "projected", plan.head_groups - 1):
+                    awaited.add(action.layer)
+                if (action.kind, action.name) == ("place", "attended"):
+                    require(action.layer in awaited, f"CTA {cta} has projected before attention is placed", action)
 
 
 def scope_of(plan: BlockPlan, cta: int, name: str) -> int:

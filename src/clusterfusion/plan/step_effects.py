@@ -37,23 +37,28 @@ def shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[s
     merges = "exchange" if plan.merged_ctas > 1 else "attention"  # an arrival behind the merge of the CTA's own slots
     rms = plan.config.norm == "rms_norm"
     scale = "scale" if parallel else "middle_scale"  # of what up is multiplied by
+    # Attention of a head group takes a part of x1, each another one; other vectors take them all.
+    x1 = [of_group("x1", each) for each in range(plan.head_groups)]
     if kind == "place" and name in ("queries", "scale", "middle_scale"):
         yield True, name, (name, layer)
         if name == "scale" and not last:
             yield True, "biases", ("biases", layer)
+    elif kind == "place" and name in ("attended", "hidden"):
+        yield True, of_group("x1" if name == "attended" else "x2", group), (name, layer)
     elif kind == "place":
-        yield True, of_group("x2", group) if name == "hidden" else "x1", (name, layer)
+        yield from ((True, place, (name, layer)) for place in x1)
         if name == "normed" and not last:
             if not rms:
                 yield True, "biases", ("biases", layer)
             if parallel:
                 yield True, "x2", (name, layer)
-    elif kind == "read" and name in ("qkv", "lm_head", "o"):
-        yield False, "x1", ("attended" if name == "o" else "normed", layer)
-    elif kind == "read" and name == "down":
-        yield False, of_group("x2", group), ("hidden", layer)
+    elif kind == "read" and name in ("qkv", "lm_head"):
+        yield from ((False, place, ("normed", layer)) for place in x1)
+    elif kind == "read" and name in ("o", "down"):
+        yield False, of_group("x1" if name == "o" else "x2", group), ("attended" if name == "o" else "hidden", layer)
     elif kind == "read" and name == "up":
-        yield False, *(("x2", ("normed", layer)) if parallel else ("x1", ("middle_normed", layer)))
+        wanted = ("normed" if parallel else "middle_normed", layer)
+        yield from ((False, place, wanted) for place in (("x2",) if parallel else x1))
     if kind == "publish" and name == "qkv":
         yield False, "biases", ("biases", layer)
         if rms:
@@ -82,4 +87,5 @@ def shared(plan: BlockPlan, action: Action) -> Iterator[tuple[bool, str, tuple[s
         for each in range(plan.hidden_groups if name == "x" else 0):
             yield False, of_group("down_sums", each), ("down", of_layer)
         if parallel or name == "middle":
-            yield False, "o_sums", ("o", of_layer)
+            for each in range(plan.head_groups):
+                yield False, of_group("o_sums", each), ("o", of_layer)

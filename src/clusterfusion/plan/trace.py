@@ -113,8 +113,8 @@ def phases(order: Order) -> tuple[Phase, ...]:
         # Until its own CTA's tiles are summed, and publishing.
         Phase("vectors", "work", "sums", "sums_wait", "published"),
     ]
-    # The middle residual and its norm have no events of their own, nor have the groups of h but for the last one, which may have to be
-    # waited for; the tiles go on with the first one.
+    # The middle residual and its norm have no events of their own, nor have head groups and groups of h but for the last one, which may have to
+    # be waited for; the tiles go on with the first one.
     if order == "sequential":
         vectors.append(Phase("vectors", "work", "middle", "output_ready", "down_wait"))
     return tuple(

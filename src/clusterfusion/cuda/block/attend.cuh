@@ -36,8 +36,8 @@ class Attention : public CtaState<S> {
   __device__ bool attend(const KvCache& cache, int layer, unsigned epoch, HeadsRead heads_read) {
     const bool tells = S::kMerged == 1 || cluster_rank() == 0;
     if (!this->works()) return tells;
-    // Nobody polls for q, k and v, which come from CTAs that have as much to do, before this CTA's own are there.
-    if constexpr (kWhole) this->await(kProjected, layer);
+    // Nobody polls for q, k and v, which come from CTAs that have as much to do, before this CTA's own of the head group are there.
+    if constexpr (kWhole) this->await(kProjected + this->head_group(), layer);
     load_heads<kWhole>(cache, layer, epoch);
     heads_read();
     this->signal(kQueriesReady);
@@ -71,11 +71,11 @@ class Attention : public CtaState<S> {
     return true;
   }
 
-  // The attention's output of all heads, merged from the partials, into shared memory, when the tile warps have done with what
-  // is there.
+  // The attention's output of the heads of a head group, merged from the partials, into shared memory, when the tile warps have done
+  // with what is there.
   template <bool kWhole>
-  __device__ void load_attention(const SplitVector& to, int layer) {
-    constexpr int kQuads = S::kQSize / 4, kOfHead = S::kHeadDim / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
+  __device__ void load_attention(const SplitVector& to, int layer, int group) {
+    constexpr int kQuads = S::kGroupQSize / 4, kOfHead = S::kHeadDim / 4, kOwn = (kQuads + S::kVectorThreads - 1) / S::kVectorThreads;
     // A thread's quads are of one head, whose scales it needs once.
     constexpr int kTogether = kOwn == 1 ? 1 : kOwn == 2 || kOfHead % 4 != 0 ? 2 : 4;
     constexpr int kApart = kOfHead / kTogether;
@@ -85,7 +85,7 @@ class Attention : public CtaState<S> {
     const int used = this->used_partials();  // others may hold what an earlier launch left
 #pragma unroll 1
     for (int mine = thread_; mine < kQuads / kTogether; mine += S::kVectorThreads) {
-      const int head = mine / kApart, quad = mine % kApart;  // and every kApart-th quad of the head from there on
+      const int head = group * (S::kHeads / S::kHeadGroups) + mine / kApart, quad = mine % kApart;  // and every kApart-th quad of the head from there on
       const float* partials = u_.partials + head * S::kPartials * kPartial;
       float maximum = -kInfinity, sum = 0;
       float4 value[kTogether] = {};
@@ -122,7 +122,7 @@ class Attention : public CtaState<S> {
           }
         }
       }
-      if constexpr (kWhole) this->await(kProjected, layer);
+      if constexpr (kWhole) this->await(kProjected + S::kHeadGroups - 1, layer);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         const float4 v = value[i];

@@ -5,7 +5,6 @@
 // fetches both. So the stream goes on while a dependency is under way, and what is exposed of one is what the ring does not cover.
 #pragma once
 
-#include "block/pace.cuh"
 #include "block/share.cuh"
 #include "block/tagged.cuh"
 #include "collectives/async_gather.cuh"
@@ -20,20 +19,21 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Once a layer, as far as a layer has them. Vector warps signal that something is there for the tile warps: the normed input, the
-// bundle's queries, the attention's output, the normed middle, h. Tile warps signal that they have done: that q, k, v are projected,
-// so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that with parallel
+// bundle's queries, the attention's output, the normed middle, h. Tile warps signal that they have done: that q, k, v of a head group are
+// projected, the last one's so that the attention's output may take x1's place; the partials of the cached tokens; that up is, so that with parallel
 // residual h may take x2's place and, with a gate, that its sums are there; the sums of the output projection, with parallel
 // residual those of the down projection too, otherwise these for themselves. kExpanded and kHidden are one a hidden group:
-// kExpanded + group. Once a step: that the CTA's logits are in the choice of the token, kChosen, and kNormed again, for the final norm.
+// kExpanded + group; kProjected and kAttended one a head group. Once a step: that the CTA's logits are in the choice of the token, kChosen, and kNormed again, for the final norm.
 // An RMSNorm's factor for the whole vector comes behind the vector, for what has been made of it: kScaled, as often as kNormed, and where
 // tile warps finish rows of up kMiddleScaled.
 enum Signal {
-  kNormed, kScaled, kProjected, kAttended, kOutputSums, kMiddleNormed, kMiddleScaled, kDownSums, kQueriesReady, kPartialsReady, kChosen,
-  kExpanded, kHidden = kExpanded + kMostGroups, kSignals = kHidden + kMostGroups
+  kNormed, kScaled, kOutputSums, kMiddleNormed, kMiddleScaled, kDownSums, kQueriesReady, kPartialsReady, kChosen,
+  kProjected, kAttended = kProjected + kMostGroups, kExpanded = kAttended + kMostGroups, kHidden = kExpanded + kMostGroups,
+  kSignals = kHidden + kMostGroups
 };
 __host__ __device__ constexpr bool from_tiles(int signal) {
-  return signal == kProjected || signal == kOutputSums || (signal >= kExpanded && signal < kExpanded + kMostGroups) ||
-         signal == kDownSums || signal == kPartialsReady || signal == kChosen;
+  return (signal >= kProjected && signal < kProjected + kMostGroups) || (signal >= kExpanded && signal < kExpanded + kMostGroups) ||
+         signal == kOutputSums || signal == kDownSums || signal == kPartialsReady || signal == kChosen;
 }
 
 // What a CTA keeps in shared memory, and the collectives' types that follow from the shape.
@@ -69,7 +69,7 @@ struct CtaTypes {
     alignas(16) float query[S::kQueries * S::kHeadDim];
     float key[S::kHeadDim], value[S::kHeadDim];
     alignas(16) float own_slots[kSlotsInHidden ? 1 : kSlotFloats];
-    float o_sums[kOutRows * Share::OutTiles::kParts];
+    float o_sums[kOutRows * Share::kOutParts];
     float up_sums[S::kGated ? 2 * kUpRows : 1];  // of gates and what they are multiplied with, in turn
     float down_sums[kOutRows * Share::DownTiles::kParts];
     float biases[kBiases];
@@ -87,7 +87,6 @@ struct CtaTypes {
     int position;
     unsigned launches;
     int token;  // that the step before chose
-    typename Pace<S>::Seen pace;
   };
 };
 
@@ -108,7 +107,6 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
     for (int i = 0; i < kSignals; i++) mbarrier_init(&shared.signals[i], from_tiles(i) ? S::kTileThreads : S::kVectorThreads);
     for (unsigned& done : shared.warps_done) done = 0;
     shared.expired = 0;
-    Pace<S>::init(shared.pace);
     LocalTeam::init(shared.local);
     CtaTypes<S>::Gather::template init<S::kVectorThreads>(shared.gather);
     mbarrier_init_fence();
@@ -133,7 +131,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
 
   // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits, for the
   // round of `layer` of the step. Parity is safe: a round's signals all depend on all signals of the round before
-  // having been waited for. Not bounded: it waits for warps whose own waits are.
+  // having been waited for, if anybody waits for them. Not bounded: it waits for warps whose own waits are.
   __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
   __device__ void await(int which, unsigned layer) {
     await_round(which, layer + parities_ + (which == kNormed || which == kScaled ? parities_ >> 1 : 0));

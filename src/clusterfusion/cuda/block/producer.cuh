@@ -3,13 +3,12 @@
 #pragma once
 
 #include "block/cta.cuh"
-#include "block/pace.cuh"
 #include "block/trace.cuh"
 #include "primitives/launch_order.cuh"
 
 namespace clusterfusion {
 
-template <typename S, typename Tracer = NoTrace, typename Pacer = NoPace>
+template <typename S, typename Tracer = NoTrace>
 class TileProducer : public CtaShare<S> {
   using Base = CtaShare<S>;
   using typename Base::Cached;
@@ -20,12 +19,12 @@ class TileProducer : public CtaShare<S> {
 
  public:
   __device__ TileProducer(
-      const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace,
-      Pacer pace = Pacer())
-      : Base(position), k_map_(k_map), v_map_(v_map), pace_(pace), ring_(shared.stages, shared.ring), trace_(trace) {}
+      const TensorMap& k_map, const TensorMap& v_map, int position, typename CtaTypes<S>::Shared& shared, Tracer& trace)
+      : Base(position), k_map_(k_map), v_map_(v_map), ring_(shared.stages, shared.ring), trace_(trace),
+        signals_(shared_address(shared.signals)) {}
 
-  // At the start of a step of a launch of several. `attended`, but for the first: the counter of kAttentionDone, which stands at `target`
-  // or higher when all have attended the last layer of the step before, and so written their rows of the caches.
+  // At the start of a step of a launch of several. `attended`, but for the first: the counters of kAttentionDone, which stand at `target`
+  // or higher when a head group's have attended the last layer of the step before, and so written their rows of the caches.
   __device__ void begin_step(int position, const unsigned* attended, unsigned target) {
     this->position_ = position, attended_ = attended, target_ = target;
   }
@@ -35,6 +34,7 @@ class TileProducer : public CtaShare<S> {
   __device__ void run(const LayerTensors& w, int layer) {
     constexpr bool kInsideDown = S::kUpFirst && kSegment == Segment::whole;
     if constexpr (runs<kSegment>(Segment::project)) {
+      early_for(kNormed, parities_ ^ parities_ >> 1);
       if constexpr (S::kUpFirst) up(w);
       qkv(w);
       if constexpr (S::kParallel && !S::kUpFirst) up(w);
@@ -43,25 +43,28 @@ class TileProducer : public CtaShare<S> {
     if constexpr (kInsideDown) {
       const int from = this->rows_from(S::kHidden), to = this->rows_to(S::kHidden);
       const int middle = from + Base::rows_before_cached(to - from);
+      early_for(kHidden, parities_);
       between<DownTiles>(w.down_weight, from, middle);
       cached(layer);
       between<DownTiles>(w.down_weight, middle, to);
     } else if constexpr (S::kParallel && runs<kSegment>(Segment::output)) {
+      early_for(kHidden, parities_);
       rows<DownTiles>(w.down_weight, S::kHidden);
     }
-    if constexpr (runs<kSegment>(Segment::output)) rows<OutTiles>(w.o_weight, S::kHidden);
-    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) up(w);
+    if constexpr (runs<kSegment>(Segment::output)) output_by_groups(w);
+    if constexpr (!S::kParallel && runs<kSegment>(Segment::expand)) {
+      early_for(kMiddleNormed, parities_);
+      up(w);
+    }
     if constexpr (!S::kParallel && runs<kSegment>(Segment::contract)) down_by_groups(w);
-    pace_.end_part();
+    parities_ ^= 1;
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
-  // Behind the last of all steps.
-  __device__ void end() { pace_.end(); }
-
   __device__ void vocabulary(const void* lm_head, int vocabulary_rows) {
+    early_for(kNormed, parities_ ^ parities_ >> 1);
+    parities_ ^= 2;
     rows<HiddenTiles>(lm_head, vocabulary_rows);
-    pace_.end_part();
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::room_waited, ring_.take_waited_for_room());
   }
 
@@ -73,13 +76,13 @@ class TileProducer : public CtaShare<S> {
       if (attended_ == nullptr) {
         wait_for_previous_launch();
       } else {
-        grid_wait(attended_, target_);  // if it expires, so does the vector warps' own, which is for the same
+        grid_wait(attended_ + this->head_group() * kCounterStride, target_);  // if it expires, so does the vector warps' own, which is for the same
       }
       async_proxy_fence();
     }
     for (int first = 0; first < tiles; first += S::kStageTiles) {
       const int count = min(S::kStageTiles, tiles - first);
-      SharedAddress to = ring_.begin(count * 2 * Cached::kHalfBytes, pace_.more());
+      SharedAddress to = ring_.begin(count * 2 * Cached::kHalfBytes);
       for (int tile = first; tile < first + count; tile++, to += S::kTileBytes) {
         const int token = (this->split() + tile * this->active_splits()) * Cached::kTokens;
         ring_.copy_box(to, k_map_, 0, token, head);
@@ -90,13 +93,18 @@ class TileProducer : public CtaShare<S> {
   }
 
   __device__ void qkv(const LayerTensors& w) {
-    if constexpr (S::kFusedQkv) {
-      rows<HiddenTiles>(w.q_weight, S::kQkvRows);
-    } else {
-      pieces<HiddenTiles>(this->rows_from(S::kQkvRows), this->rows_to(S::kQkvRows), [&](int row) {
-        const QkvRow found = qkv_row<S>(w, row);
-        return Piece{at_row<HiddenTiles>(found.weight, found.row), found.run};
-      });
+    const auto qkv_rows = this->qkv_rows();
+#pragma unroll 1
+    for (int group = 0; group < S::kHeadGroups; group++) {
+      const int from = qkv_rows.first(group), to = from + qkv_rows.count(group);
+      if constexpr (S::kFusedQkv) {
+        between<HiddenTiles>(w.q_weight, from, to);
+      } else {
+        pieces<HiddenTiles>(from, to, [&](int row) {
+          const QkvRow found = qkv_row<S>(w, row);
+          return Piece{at_row<HiddenTiles>(found.weight, found.row), found.run};
+        });
+      }
     }
   }
 
@@ -113,9 +121,33 @@ class TileProducer : public CtaShare<S> {
     }
   }
 
+  // Of each row what is multiplied by the attention of the first head group, then by the next one's: a tile is of as many rows as fit.
+  __device__ void output_by_groups(const LayerTensors& w) {
+    if constexpr (S::kHeadGroups == 1) {
+      early_for(kAttended, parities_);
+      rows<OutTiles>(w.o_weight, S::kHidden);
+    } else {
+      constexpr int kRows = S::kStageTiles * OutTiles::kRows, kRowBytes = S::kQSize * 2;
+      const int from = this->rows_from(S::kHidden), all = this->rows_to(S::kHidden) - from;
+#pragma unroll 1
+      for (int group = 0; group < S::kHeadGroups; group++) {
+        early_for(kAttended + group, parities_);
+        const char* source = static_cast<const char*>(w.o_weight) + static_cast<cuda::std::int64_t>(from) * kRowBytes + group * OutTiles::kRowBytes;
+        for (int left = all; left > 0; left -= kRows) {
+          const int rows = min(kRows, left);
+          SharedAddress to = begin_stage(rows * OutTiles::kRowBytes);
+#pragma unroll 2
+          for (int row = 0; row < rows; row++, to += OutTiles::kRowBytes, source += kRowBytes) ring_.copy(to, source, OutTiles::kRowBytes);
+          ring_.end();
+        }
+      }
+    }
+  }
+
   // With sequential residual: of each row what is multiplied by the first group of h, then by the next one.
   __device__ void down_by_groups(const LayerTensors& w) {
     if constexpr (Base::kHiddenGroups == 1) {
+      early_for(kHidden, parities_);
       rows<DownTiles>(w.down_weight, S::kHidden);
     } else {
       constexpr int kBytes = Base::kGroupParts * DownTiles::kBytes;
@@ -123,6 +155,7 @@ class TileProducer : public CtaShare<S> {
       const int from = this->rows_from(S::kHidden), to = this->rows_to(S::kHidden);
 #pragma unroll 1
       for (int group = 0; group < Base::kHiddenGroups; group++) {
+        early_for(kHidden + group, parities_);
         const char* source = at_row<DownTiles>(w.down_weight, from) + group * kBytes;
         for (int row = from; row < to; row++, source += DownTiles::kRowBytes) copy(source, kBytes);
       }
@@ -210,15 +243,27 @@ class TileProducer : public CtaShare<S> {
     ring_.end();
   }
 
-  // A stage of weights, which all CTAs have as many of, but for a row.
-  __device__ __forceinline__ SharedAddress begin_stage(unsigned bytes) { return ring_.begin(bytes, pace_.lead()); }
+  // A stage of weights.
+  __device__ __forceinline__ SharedAddress begin_stage(unsigned bytes) {
+    if (needed_ != 0 && mbarrier_is_over(needed_ & ~1u, needed_ & 1)) needed_ = 0;
+    return ring_.begin(bytes, needed_ != 0 ? S::kEarlyWindow : S::kWindow);
+  }
+
+  // Of the stages to come: the signal that says that what they are multiplied by is there, and its round. Until then this CTA waits for others, and
+  // leaves the memory to those that still have to read what everybody waits for. Where the ring holds as much as a layer has, an older round can
+  // be taken for this one, and nobody yields: nothing but time rests on it.
+  __device__ __forceinline__ void early_for(int signal, unsigned round) {
+    if constexpr (S::kEarlyWindow < S::kWindow) needed_ = signals_ + signal * sizeof(cuda::std::uint64_t) | (round & 1);
+  }
 
   const TensorMap &k_map_, &v_map_;
-  Pacer pace_;
   const unsigned* attended_ = nullptr;
   unsigned target_ = 0;
   RingProducer<TileRing, Tracer::kOn> ring_;
   Tracer& trace_;
+  const SharedAddress signals_;
+  SharedAddress needed_ = 0;  // a signal's, and in its last bit a parity; or nothing
+  unsigned parities_ = 0;     // of the layers of this launch so far, and of its steps
 };
 
 }  // namespace clusterfusion

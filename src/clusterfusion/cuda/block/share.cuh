@@ -66,9 +66,9 @@ struct LayerArguments {
 static_assert(sizeof(LayerArguments) == 640, "jit/decoder_block.py lays out the same struct");
 
 constexpr int kCounterStride = 32;  // a cache line each
-constexpr int kMostGroups = 4;      // hidden groups, of CtaShare
-enum Counter {  // of h one a group
-  kAttentionDone, kMiddleDone, kLaunchDone, kHiddenDone, kPaceMarks = kHiddenDone + kMostGroups, kCounters
+constexpr int kMostGroups = 4;      // head groups, and hidden groups, of CtaShare
+enum Counter {  // of attention and of h one a group
+  kAttentionDone, kMiddleDone = kAttentionDone + kMostGroups, kLaunchDone, kHiddenDone, kCounters = kHiddenDone + kMostGroups
 };
 // The error record, five words in host memory: dependency + 1 (0: none), CTA, expected, seen, claim.
 constexpr int kErrorClaim = 4;
@@ -76,7 +76,8 @@ constexpr int kErrorClaim = 4;
 enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnResidual, kOnToken, kBadPosition };
 
 // The shape and the plan. CTA c of kCtas owns rows [c * R / kCtas, (c + 1) * R / kCtas) of a matrix of R rows, but for the up
-// projection's, which even out what that leaves uneven (up_row). kQueries query heads that share a K/V head make a bundle, all of
+// projection's, which even out what that leaves uneven (up_row), and, with kHeadGroups groups of K/V heads, those of the projection of q, k and v,
+// which are dealt group by group (GroupedRows). kQueries query heads that share a K/V head make a bundle, all of
 // the group that shares it or a part of it: bundle b is attended by CTAs [b * kSplits, (b + 1) * kSplits), or by the first of them,
 // cached tiles dealt out in turn. With parallel residual, kUpFirst says which of the two projections of the normed x comes first.
 //
@@ -85,7 +86,7 @@ enum Dependency { kOnQkv, kOnAttention, kOnHidden, kOnMiddle, kOnCluster, kOnRes
 template <typename W_, typename X_, int kHidden_, int kIntermediate_, int kHeads_, int kKvHeads_, int kHeadDim_, int kRotary_,
           Pairing kPairing_, Norm kNorm_, Activation kActivation_, bool kGated_, bool kFusedQkv_, bool kParallel_, bool kUpFirst_,
           int kCtas_, int kCluster_, int kQueries_, int kSplits_, int kVectorWarps_, int kWarps_, int kStages_, int kTileBytes_,
-          int kStageTiles_, int kWindow_, int kFifthsBeforeCached_, int kTileTokens_, int kSharedBytes_>
+          int kStageTiles_, int kWindow_, int kEarlyWindow_, int kFifthsBeforeCached_, int kHeadGroups_, int kTileTokens_, int kSharedBytes_>
 struct BlockShape {
   using W = W_;
   using X = X_;
@@ -94,8 +95,11 @@ struct BlockShape {
   static constexpr int kQueries = kQueries_, kSplits = kSplits_;
   static constexpr int kVectorWarps = kVectorWarps_, kWarps = kWarps_;
   static constexpr int kStages = kStages_, kTileBytes = kTileBytes_, kStageTiles = kStageTiles_, kWindow = kWindow_;
+  static constexpr int kEarlyWindow = kEarlyWindow_;  // in flight while what the stages are multiplied by is not there
+  static_assert(kEarlyWindow >= 1 && kEarlyWindow <= kWindow, "nothing waits for a copy that is not under way");
   static constexpr int kStageBytes = kTileBytes * kStageTiles;
-  static constexpr int kFifthsBeforeCached = kFifthsBeforeCached_, kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
+  static constexpr int kFifthsBeforeCached = kFifthsBeforeCached_, kHeadGroups = kHeadGroups_;
+  static constexpr int kTileTokens = kTileTokens_, kSharedBytes = kSharedBytes_;
   static constexpr Pairing kPairing = kPairing_;
   static constexpr Norm kNorm = kNorm_;
   static constexpr Activation kActivation = kActivation_;
@@ -107,6 +111,9 @@ struct BlockShape {
   static constexpr int kQSize = kHeads * kHeadDim, kKvSize = kKvHeads * kHeadDim;  // elements of the queries, of the keys
   static constexpr int kGroup = kHeads / kKvHeads;                     // query heads that share a K/V head
   static constexpr int kGroupRows = (kGroup + 2) * kHeadDim, kQkvRows = kKvHeads * kGroupRows;
+  static constexpr int kGroupQSize = kQSize / kHeadGroups;             // elements of the queries of a head group
+  static_assert(kKvHeads % kHeadGroups == 0 && (kHeadGroups == 1 || !kParallel), "head groups are whole, with sequential residual");
+  static_assert(kHeadGroups >= 1 && kHeadGroups <= kMostGroups, "a counter and two signals for each");
   static constexpr int kUpTimes = kGated ? 2 : 1;                      // rows streamed for a row of the up projection
   static constexpr int kBundles = kHeads / kQueries;
   static_assert(kHeads % kKvHeads == 0 && kGroup % kQueries == 0, "a bundle's heads share a K/V head");
@@ -192,7 +199,9 @@ class CtaShare {
  public:
   using W = typename S::W;
   using HiddenTiles = RowTiles<S::kHidden, S::kTileBytes>;  // of the projections and the LM head
-  using OutTiles = RowTiles<S::kQSize, S::kTileBytes>;
+  using OutTiles = RowTiles<S::kGroupQSize, S::kTileBytes>;  // of what a head group is for of each row
+  static_assert(S::kHeadGroups == 1 || OutTiles::kParts == 1, "a tile for a head group's part of a row");
+  static constexpr int kOutParts = S::kHeadGroups * OutTiles::kParts;  // sums of a row
   using DownTiles = RowTiles<S::kIntermediate, S::kTileBytes>;
   using Cached = AttentionTiles<S::kHeadDim, S::kTileTokens, S::kTileBytes>;
   using TileRing = Ring<S::kStages, S::kStageBytes, S::kStageTiles, S::kWarps, S::kWindow>;
@@ -216,13 +225,29 @@ class CtaShare {
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
-  // This CTA's rows of the up projection in a hidden group: over the groups as many as from its up_row to the next CTA's (over g,
-  // the sum of (n + g) / kHiddenGroups is n, Hermite's identity). They are streamed, and numbered within the CTA, group by group.
-  struct UpRows {
-    int from, to;  // the up_row of this CTA and of the next one
-    __device__ int first(int group) const { return group * kGroupColumns + (from + group) / kHiddenGroups; }
-    __device__ int count(int group) const { return (to + group) / kHiddenGroups - (from + group) / kHiddenGroups; }
+  // This CTA's rows of a matrix whose rows come in kGroups groups of kOfGroup: over the groups as many as it would have without (over g,
+  // the sum of (n + g) / kGroups is n, Hermite's identity). They are streamed, and numbered within the CTA, group by group.
+  template <int kGroups, int kOfGroup>
+  struct GroupedRows {
+    int from, to;  // without groups, of this CTA and of the next one
+    __device__ int first(int group) const { return group * kOfGroup + (from + group) / kGroups; }
+    __device__ int count(int group) const { return (to + group) / kGroups - (from + group) / kGroups; }
+    // Which row the CTA's row `at` is, or -1 behind the last.
+    __device__ int row(int at) const {
+#pragma unroll
+      for (int group = 0; group < kGroups; group++) {
+        if (at < count(group)) return first(group) + at;
+        at -= count(group);
+      }
+      return -1;
+    }
   };
+  using QkvRows = GroupedRows<S::kHeadGroups, S::kQkvRows / S::kHeadGroups>;
+  using UpRows = GroupedRows<kHiddenGroups, kGroupColumns>;
+  __device__ QkvRows qkv_rows() const {
+    const int cta = opaque(cta_);
+    return {first_row<S::kCtas>(S::kQkvRows, cta), first_row<S::kCtas>(S::kQkvRows, cta + 1)};
+  }
   __device__ UpRows up_rows() const {  // computed anew at each use: they would be kept for as long as a layer takes
     const int cta = opaque(cta_);
     return {up_row<S>(cta), up_row<S>(cta + 1)};
@@ -230,6 +255,7 @@ class CtaShare {
   __device__ bool attends() const { return cta_ < S::kBundles * S::kSplits; }
   __device__ int bundle() const { return cta_ / S::kSplits; }
   __device__ int kv_head() const { return bundle() / (S::kGroup / S::kQueries); }
+  __device__ int head_group() const { return kv_head() / (S::kKvHeads / S::kHeadGroups); }
   __device__ int bundle_of_group() const { return bundle() % (S::kGroup / S::kQueries); }
   __device__ int split() const { return cta_ % S::kSplits; }
   __device__ int all_tiles() const { return (position_ + Cached::kTokens - 1) / Cached::kTokens; }  // of a bundle's cached tokens

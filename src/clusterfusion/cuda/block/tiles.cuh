@@ -56,11 +56,17 @@ class TileWarps : public CtaState<S> {
     if constexpr (S::kParallel && runs<kSegment>(Segment::output)) down<kInsideDown>(layer);
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::o_wait);
-      const auto attended = [&] {
-        this->await(kAttended, layer);
-        begin(TraceEvent::o_begin);
-      };
-      gemv_parts<OutTiles>(out_rows(), split_vector<S>(s_.vectors, 0), attended, s_.o_sums);
+#pragma unroll 1
+      for (int group = 0; group < S::kHeadGroups; group++) {
+        const auto attended = [&] {
+          this->await(kAttended + group, layer);
+          if (group == 0) begin(TraceEvent::o_begin);
+        };
+        const SplitVector x = split_vector<S>(s_.vectors, 0);
+        const int before = group * (S::kGroupQSize / kVector);
+        gemv_parts<OutTiles, OutTiles::kParts, Base::kOutParts>(
+            out_rows(), SplitVector{x.low + before, x.high + before}, attended, s_.o_sums + group * OutTiles::kParts);
+      }
       this->signal(kOutputSums);
       trace_.mark(TraceEvent::o_done);
     }
@@ -109,17 +115,27 @@ class TileWarps : public CtaState<S> {
 
   template <bool kWhole, typename Ready>
   __device__ void qkv(Ready ready, unsigned epoch, int layer) {
-    const int first = rows_from(S::kQkvRows), rows = rows_to(S::kQkvRows) - first;
-    gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), ready, [&](int row, float value) {
-      this->template await_scale<false>(layer);
-      const float biased = this->template scaled<false>(value, s_.biases[row]);
-      if constexpr (kWhole) {
-        store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
-      } else {
-        static_cast<float*>(u_.qkv)[first + row] = biased;
-      }
-    });
-    this->signal(kProjected);
+    int done = 0;  // of the CTA's rows
+#pragma unroll 1
+    for (int group = 0; group < S::kHeadGroups; group++) {
+      const auto qkv_rows = this->qkv_rows();
+      const int first = qkv_rows.first(group), rows = qkv_rows.count(group);
+      const float* biases = s_.biases + done;
+      const auto ready_once = [&] {
+        if (group == 0) ready();
+      };
+      gemv_rows<HiddenTiles>(rows, split_vector<S>(s_.vectors, 0), ready_once, [&](int row, float value) {
+        this->template await_scale<false>(layer);
+        const float biased = this->template scaled<false>(value, biases[row]);
+        if constexpr (kWhole) {
+          store_pair(static_cast<Pair*>(u_.qkv) + first + row, biased, epoch);
+        } else {
+          static_cast<float*>(u_.qkv)[first + row] = biased;
+        }
+      });
+      this->signal(kProjected + group);
+      done += rows;
+    }
     trace_.mark(TraceEvent::qkv_done);
   }
 
@@ -224,9 +240,9 @@ class TileWarps : public CtaState<S> {
     gemv<W, Tiles>(ring_, rows, x, lane_, ready, [&](int row, int, float value) { out(row, value); });
   }
 
-  template <typename Tiles, int kParts = Tiles::kParts, typename V, typename Ready>
+  template <typename Tiles, int kParts = Tiles::kParts, int kSums = Tiles::kParts, typename V, typename Ready>
   __device__ void gemv_parts(int rows, const V& x, Ready ready, float* sums) {
-    const auto out = [&](int row, int part, float value) { sums[row * Tiles::kParts + part] = value; };
+    const auto out = [&](int row, int part, float value) { sums[row * kSums + part] = value; };
     gemv<W, Tiles, kParts>(ring_, rows, x, lane_, ready, out);
   }
 

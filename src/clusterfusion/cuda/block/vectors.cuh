@@ -11,7 +11,7 @@ namespace clusterfusion {
 
 // Where the counters stand once all have arrived for a layer.
 struct LayerTargets {
-  unsigned all_ctas, all_bundles;
+  unsigned all_ctas, group_bundles;
 };
 
 // Tracer: a Trace of trace.cuh, or NoTrace, which costs nothing.
@@ -20,7 +20,6 @@ class VectorWarps : public Attention<S> {
   using Base = Attention<S>;
   using typename Base::DownTiles;
   using typename Base::W;
-  using typename Base::OutTiles;
   using typename Base::UpRows;
   using Base::kBiases;
   using Base::kDownBias;
@@ -88,7 +87,7 @@ class VectorWarps : public Attention<S> {
         const bool tells =
             this->template attend<kWhole>(cache, layer, epoch, [&] { trace_.mark(TraceEvent::attention_begin); });
         // Also of a cluster without cached tokens, at once: the input that it has read tells that all have attended the layer before.
-        if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone));
+        if (kWhole && tells && thread_ == 0) grid_arrive(this->counter(kAttentionDone + this->head_group()));
         if (this->works()) trace_.mark(TraceEvent::attention_done);
       }
     }
@@ -97,10 +96,13 @@ class VectorWarps : public Attention<S> {
     }
     if constexpr (runs<kSegment>(Segment::output)) {
       trace_.mark(TraceEvent::output_wait);
-      if constexpr (kWhole) this->wait(kAttentionDone, targets.all_bundles, kOnAttention);
-      trace_.mark(TraceEvent::output_begin);
-      this->template load_attention<kWhole>(x1, layer);
-      this->signal(kAttended);
+#pragma unroll 1
+      for (int group = 0; group < S::kHeadGroups; group++) {
+        if constexpr (kWhole) this->wait(kAttentionDone + group, targets.group_bundles, kOnAttention);
+        if (group == S::kHeadGroups - 1) trace_.mark(TraceEvent::output_begin);
+        this->template load_attention<kWhole>(x1, layer, group);
+        this->signal(kAttended + group);
+      }
       trace_.mark(TraceEvent::output_ready);
       if constexpr (!kWhole) store_biases(biases), block_sync();
       if constexpr (S::kParallel) trace_.mark(TraceEvent::sums_wait);
@@ -164,7 +166,7 @@ class VectorWarps : public Attention<S> {
 #pragma unroll
     for (int i = 0; i < kBiasItems; i++) {
       const int at = i * kThreads + thread_;
-      biases[i] = at < kUpBias     ? qkv_bias(w.now(), rows_from(S::kQkvRows) + at, rows_to(S::kQkvRows))
+      biases[i] = at < kUpBias     ? qkv_bias(w.now(), this->qkv_rows().row(at))
                   : at < kGateBias ? up_bias(w.now().up_bias, up_rows, at - kUpBias)
                   : at < kOutBias  ? up_bias(w.now().gate_bias, up_rows, at - kGateBias)
                   : at < kDownBias ? bias(w.now().o_bias, rows_from(S::kHidden) + at - kOutBias, rows_to(S::kHidden))
@@ -174,24 +176,19 @@ class VectorWarps : public Attention<S> {
   }
   // Of the CTA's row `at` of the up projection.
   static __device__ float up_bias(const void* vector, const UpRows& up_rows, int at) {
-    if (vector == nullptr) return 0.0f;
-#pragma unroll
-    for (int group = 0; group < kHiddenGroups; group++) {
-      const int rows = up_rows.count(group);
-      if (at < rows) return load_or_zero<W>(vector, up_rows.first(group) + at);
-      at -= rows;
-    }
-    return 0.0f;
+    const int row = vector == nullptr ? -1 : up_rows.row(at);
+    return row < 0 ? 0.0f : load_or_zero<W>(vector, row);
   }
   static __device__ float bias(const void* vector, int row, int end) {
     return row < end ? load_or_zero<W>(vector, row) : 0.0f;
   }
-  static __device__ float qkv_bias(const LayerTensors& w, int row, int end) {
+  static __device__ float qkv_bias(const LayerTensors& w, int row) {
+    if (row < 0) return 0.0f;
     if constexpr (S::kFusedQkv) {
-      return bias(w.q_bias, row, end);
+      return load_or_zero<W>(w.q_bias, row);
     } else {
       const QkvRow found = qkv_row<S>(w, row);
-      return row < end ? load_or_zero<W>(found.bias, found.row) : 0.0f;
+      return load_or_zero<W>(found.bias, found.row);
     }
   }
   __device__ void store_biases(const float (&biases)[kBiasItems]) {
@@ -341,12 +338,12 @@ class VectorWarps : public Attention<S> {
   }
 
   // A row of the output projection, and of the down projection, with its bias.
-  __device__ float output_row(int row) const { return folded<OutTiles>(s_.biases[kOutBias + row], s_.o_sums, row); }
-  __device__ float down_row(int row) const { return folded<DownTiles>(s_.biases[kDownBias + row], s_.down_sums, row); }
-  template <typename Tiles>
+  __device__ float output_row(int row) const { return folded<Base::kOutParts>(s_.biases[kOutBias + row], s_.o_sums, row); }
+  __device__ float down_row(int row) const { return folded<DownTiles::kParts>(s_.biases[kDownBias + row], s_.down_sums, row); }
+  template <int kParts>
   static __device__ float folded(float value, const float* sums, int row) {
 #pragma unroll
-    for (int part = 0; part < Tiles::kParts; part++) value += sums[row * Tiles::kParts + part];
+    for (int part = 0; part < kParts; part++) value += sums[row * kParts + part];
     return value;
   }
 

@@ -1,4 +1,4 @@
-// Matrix times vector over tiles of rows from the ring: fp32 sums, in an order that depends on the row's length alone.
+// Matrix times vector over tiles of rows from the ring: fp32 sums, in an order that depends on the row's length and on how a plan cuts it.
 //
 // A row's sum: lane l takes the 8-element vectors l, l + 32, ... of the row (of each part of a row longer than a stage),
 // in order, into two sums, of a vector's first four elements and of its last: one would wait for itself at every addition. Then

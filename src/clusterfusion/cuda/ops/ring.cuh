@@ -24,10 +24,8 @@ template <int kStages_, int kStageBytes_, int kTiles_, int kWarps_, int kWindow_
 struct Ring {
   static constexpr int kStages = kStages_, kStageBytes = kStageBytes_, kTiles = kTiles_, kWindow = kWindow_;
   static constexpr int kTeams = kWarps_ / kTiles;
-  // Stages in flight beside the window, at most, and fewer than it: one at least, and no more than there are.
-  static constexpr int kMore = kStages - kWindow < 3 ? kStages - kWindow : 3, kFewer = kWindow - 1 < 2 ? kWindow - 1 : 2;
   static_assert(kWarps_ % kTiles == 0, "teams have a warp for each tile of a stage");
-  static_assert(kStages % kTeams == 0 || kStages >= kTeams + kWindow + kMore, "no wait can see an older use of its stage");
+  static_assert(kStages % kTeams == 0 || kStages >= kTeams + kWindow, "no wait can see an older use of its stage");
   static_assert(kWindow > 0 && kWindow <= kStages, "the window is part of the ring");
   static_assert(kStageBytes % 128 == 0, "stages keep the alignment of the ring");
 
@@ -52,12 +50,13 @@ class RingProducer {
   __device__ RingProducer(char* stages, typename Ring::Barriers& barriers)
       : stages_(shared_address(stages)), full_(shared_address(barriers.full)), empty_(shared_address(barriers.empty)) {}
 
-  // Waits for a free stage, and until fewer than kWindow + `more` stages, kMore more at most and kFewer fewer, are in flight; announces `bytes`. Returns where the tiles go.
-  __device__ __forceinline__ SharedAddress begin(unsigned bytes, int more = 0) {
+  // Waits for a free stage, and until fewer than `most` stages, 1 to kWindow, are in flight; announces `bytes`. Returns where the
+  // tiles go.
+  __device__ __forceinline__ SharedAddress begin(unsigned bytes, int most = Ring::kWindow) {
     const long long start = kTimed ? clock64() : 0;
     mbarrier_wait_local(empty_ + stage_ * kBarrier, parity_ ^ 1);  // a fresh barrier passes a wait for parity 1
     if constexpr (kTimed) waited_for_room_ += clock64() - start;
-    for (; in_flight_ >= Ring::kWindow + more; in_flight_--) {
+    for (; in_flight_ >= most; in_flight_--) {
       mbarrier_wait_local(full_ + landing_ * kBarrier, landing_parity_);
       if (++landing_ == Ring::kStages) landing_ = 0, landing_parity_ ^= 1;
     }

@@ -50,6 +50,16 @@ __device__ __forceinline__ void mbarrier_wait_local(SharedAddress barrier, unsig
   }
 }
 
+// Whether the phase of parity `parity` of a barrier of this CTA is over.
+__device__ __forceinline__ bool mbarrier_is_over(SharedAddress barrier, unsigned parity) {
+  unsigned over;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(over)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return over != 0;
+}
+
 // Waits for the phase of parity `parity` of a barrier that only this CTA uses. Not bounded: a phase of the ring waits
 // for copies and for this CTA's own warps, never for another CTA.
 __device__ __forceinline__ void mbarrier_wait_local(cuda::std::uint64_t* barrier, unsigned parity) {

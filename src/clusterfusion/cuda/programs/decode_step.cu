@@ -14,12 +14,12 @@ namespace clusterfusion {
 
 constexpr int kTraceClocks = 4;  // a CTA: clock and nanoseconds when it began, and when it ended
 
-template <bool kTrace>
+template <bool kTrace, int kCtas>
 __device__ void trace_clocks(long long* trace, int layers, int which) {
   if constexpr (kTrace) {
     long long nanoseconds;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds)::"memory");
-    long long* to = trace + static_cast<long long>(gridDim.x) * (layers + 1) * kTraceEvents + opaque(blockIdx.x) * kTraceClocks;
+    long long* to = trace + static_cast<long long>(kCtas) * (layers + 1) * kTraceEvents + opaque(blockIdx.x) * kTraceClocks;
     to[2 * which] = clock64();
     to[2 * which + 1] = nanoseconds;
   }
@@ -31,15 +31,6 @@ __device__ auto make_trace(long long* record, int layers, unsigned first_thread)
     return Trace(record, layers, first_thread);
   } else {
     return NoTrace();
-  }
-}
-
-template <typename S, int kLayers>
-__device__ PaceOf<S> make_pace(const StepArguments<kLayers>& a, typename Pace<S>::Seen& seen) {
-  if constexpr (S::kUpFirst) {
-    return Pace<S>(a.workspace.counters + kPaceMarks * kCounterStride, a.first_step * (kLayers + 1) * Pace<S>::kMarks, seen);
-  } else {
-    return NoPace();
   }
 }
 
@@ -107,19 +98,19 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
   auto& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     CtaState<S>::init(shared);
-    trace_clocks<kTrace>(a.trace, kLayers, 0);
+    trace_clocks<kTrace, S::kCtas>(a.trace, kLayers, 0);
   }
   __syncthreads();
   if constexpr (S::kCluster > 1) {  // init has fenced the mbarriers for the peers; nothing else is theirs to see
     cluster_arrive_relaxed();
     cluster_wait();
   }
-  constexpr unsigned kAttendedAStep = kLayers * S::kBundles * S::kPartials;  // arrivals at kAttentionDone
+  constexpr unsigned kAttendedAStep = kLayers * (S::kBundles / S::kHeadGroups) * S::kPartials;  // arrivals at a kAttentionDone
   const unsigned steps = a.steps;
   if (threadIdx.x >= S::kConsumers) {
     if (threadIdx.x == S::kConsumers) {  // it waits for no launch before the first cached tokens
       Tracer trace = make_trace<kTrace>(a.trace, kLayers, S::kConsumers);
-      TileProducer<S, Tracer, PaceOf<S>> producer(a.k_map, a.v_map, a.position, shared, trace, make_pace<S>(a, shared.pace));
+      TileProducer<S, Tracer> producer(a.k_map, a.v_map, a.position, shared, trace);
       const unsigned* attended = a.workspace.counters + kAttentionDone * kCounterStride;
 #pragma unroll 1
       for (unsigned step = 0; step < steps; step++) {
@@ -132,7 +123,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
         trace.layer(kLayers);
         producer.vocabulary(a.lm_head, a.vocabulary);
       }
-      producer.end();
     }
     return;
   }
@@ -159,7 +149,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
       for (int layer = 0; layer < kLayers; layer++) {
         trace.layer(layer);
         const unsigned epoch = before * kLayers + layer + 1;
-        const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles * S::kPartials)};
+        const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles / S::kHeadGroups * S::kPartials)};
         vectors.template run<Segment::whole, kFaultCta>(LayerOf{a.layers, layer}, a.cache, residual, targets, epoch, layer);
         residual.advance();
       }
@@ -186,11 +176,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode_step(const __grid_const
         if (beats(other, best)) best = other;
       });
       // The next step begins with the choice of its token, while its weights come.
-      if (threadIdx.x == S::kVectorThreads && step() + 1 < steps) trace_clocks<kTrace>(a.trace, kLayers, 0);
+      if (threadIdx.x == S::kVectorThreads && step() + 1 < steps) trace_clocks<kTrace, S::kCtas>(a.trace, kLayers, 0);
       choose_token(tiles, a, step(), best);
       tiles.signal(kChosen);
     }
-    if (threadIdx.x == S::kVectorThreads) trace_clocks<kTrace>(a.trace, kLayers, 1);
+    if (threadIdx.x == S::kVectorThreads) trace_clocks<kTrace, S::kCtas>(a.trace, kLayers, 1);
   }
   if constexpr (S::kCluster > 1) {  // as in decoder_block
     cluster_arrive_relaxed();

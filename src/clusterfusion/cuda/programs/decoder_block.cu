@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decoder_block(const __grid_con
   } else {
     VectorWarps<S> vectors(arguments.workspace, position, shared, trace);
     if (in_cache) {
-      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles * S::kPartials)};
+      const LayerTargets targets{epoch * S::kCtas, epoch * (S::kBundles / S::kHeadGroups * S::kPartials)};
       LayerResidual<S, kWhole> residual(arguments, targets.all_ctas);
       vectors.template run<kSegment>(LayerOf{&arguments.layer, 0}, arguments.cache, residual, targets, epoch, 0);
       if (kWhole && blockIdx.x == 0 && threadIdx.x == 0) grid_count(vectors.counter(kLaunchDone));
