@@ -320,7 +320,7 @@ def _plan(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) ->
 def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     """What a role of a CTA does in the fused launch, in order, as VectorWarps::run and TileWarps::run in the program."""
     c = plan.config
-    out, last = plan.rows(c.hidden_size, cta), plan.head_groups - 1
+    out = plan.rows(c.hidden_size, cta)
     if role == "tiles":
         scaled = (Step("await", "scaled"),) if c.norm == "rms_norm" else ()
         expand: tuple[Step, ...] = ()
@@ -336,8 +336,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
         project: tuple[Step, ...] = ()
         for group, rows in enumerate(plan.qkv_groups(cta)):
             project += (Step("read", "qkv", rows), *scaled, Step("publish", "qkv", rows))
-            if group == last or (plan.attends(cta) and group == plan.head_group(cta)):  # others' nobody awaits
-                project += (Step("signal", of_group("projected", group)),)
+            project += (Step("signal", of_group("projected", group)),)
         cached: tuple[Step, ...] = ()
         if plan.attends(cta):
             cached = (Step("await", "queries"), Step("signal", "slots"))
@@ -388,7 +387,7 @@ def schedule(plan: BlockPlan, cta: int, role: Role) -> Iterator[Step]:
     for group in range(plan.head_groups):
         arrivals = plan.bundles // plan.head_groups * plan.partials_per_head
         yield Step("wait", of_group("attention", group), target=arrivals)
-        yield Step("await", of_group("projected", last))
+        yield from (Step("await", of_group("projected", each)) for each in range(plan.head_groups))
         yield Step("signal", of_group("attended", group))
     yield Step("await", "output_sums")
     if not c.parallel_residual:

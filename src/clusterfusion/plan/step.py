@@ -100,7 +100,7 @@ def _bring(plan: BlockPlan, layer: int) -> Iterator[Action]:
     for group in range(plan.head_groups):
         yield Action("wait", "attention", layer, target=(layer + 1) * arrivals, group=group)
         yield Action("load", "partials", layer, group=group)
-        yield Action("await", "projected", layer, group=plan.head_groups - 1)
+        yield from (Action("await", "projected", layer, group=each) for each in range(plan.head_groups))
         yield Action("place", "attended", layer, group=group)
         yield Action("signal", "attended", layer, group=group)
 
@@ -182,9 +182,7 @@ def _tiles(plan: BlockPlan, cta: int, layer: int, position: int) -> Iterator[Act
     for group, rows in enumerate(plan.qkv_groups(cta)):
         project += (Action("read", "qkv", layer, rows, group=group), *scaled)
         project += (Action("publish", "qkv", layer, rows, group=group),)
-        # The program signals for every group. What nobody awaits in this CTA is left out: it proves nothing, and harms nobody.
-        if group == plan.head_groups - 1 or (works and group == plan.head_group(cta)):
-            project += (Action("signal", "projected", layer, group=group),)
+        project += (Action("signal", "projected", layer, group=group),)
     cached: tuple[Action, ...] = ()
     if works:
         tiles = cached_tiles(plan, cta, position)

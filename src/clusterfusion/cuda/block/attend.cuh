@@ -122,7 +122,10 @@ class Attention : public CtaState<S> {
           }
         }
       }
-      if constexpr (kWhole) this->await(kProjected + S::kHeadGroups - 1, layer);
+      if constexpr (kWhole) {  // the last one's is behind the others', but a signal that is given is awaited
+#pragma unroll
+        for (int projected = 0; projected < S::kHeadGroups; projected++) this->await(kProjected + projected, layer);
+      }
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         const float4 v = value[i];

@@ -131,7 +131,7 @@ class CtaState : public CtaShare<S>, public CtaTypes<S> {
 
   // Between the roles of this CTA. Every thread of the one signals, every thread of the other that wants to know waits, for the
   // round of `layer` of the step. Parity is safe: a round's signals all depend on all signals of the round before
-  // having been waited for, if anybody waits for them. Not bounded: it waits for warps whose own waits are.
+  // having been waited for. Not bounded: it waits for warps whose own waits are.
   __device__ void signal(int which) { mbarrier_arrive_local(&s_.signals[which]); }
   __device__ void await(int which, unsigned layer) {
     await_round(which, layer + parities_ + (which == kNormed || which == kScaled ? parities_ >> 1 : 0));
