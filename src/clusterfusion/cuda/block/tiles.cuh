@@ -99,6 +99,7 @@ class TileWarps : public CtaState<S> {
           out(first + kept_row, this->template scaled<false>(kept));
           kept_row = -1;
         });
+    this->template await_scale<false>(layer);  // who has no row, too: a signal that is given is awaited
     trace_.mark(TraceEvent::logits_done);
     if constexpr (Tracer::kOn) trace_.record(TraceEvent::data_waited, ring_.take_waited());
   }
@@ -136,6 +137,7 @@ class TileWarps : public CtaState<S> {
       this->signal(kProjected + group);
       done += rows;
     }
+    this->template await_scale<false>(layer);  // as in vocabulary
     trace_.mark(TraceEvent::qkv_done);
   }
 
@@ -172,6 +174,7 @@ class TileWarps : public CtaState<S> {
       }
       done += rows;
     }
+    if constexpr (!S::kParallel && !S::kGated) this->template await_scale<true>(layer);
     trace_.mark(TraceEvent::up_done);
   }
 
