@@ -13,6 +13,7 @@
 //              operand. Columns 0 to 2 of the second one are x at the first block as three fp16 numbers, columns 3 to 5 at the second one. Lanes of odd g
 //              take the blocks in the other order, since rows lie a multiple of 128 bytes apart, and use the other columns' sums.
 // Every so many rows (a phase) all warps wait, with what they hold, as a decode step waits for its vectors; the ring fills meanwhile.
+// Rows are in ranges, each CTA's own, or dealt one by one.
 // At the end of each form it reads for 0.6 s and rests before it does again: such a burst is over before the power cap lowers the clocks.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -43,6 +44,7 @@ struct Arguments {
   const float* x;
   float* out;
   int rows, phase, pause;  // rows of all CTAs; of a CTA between two waits; clocks
+  bool dealt;              // one by one, so that what CTAs read at the same time lies together; else each has its own range
 };
 
 template <int kWarps>
@@ -73,8 +75,8 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
   constexpr int kTeams = kWarps / kTeam, kTurn = kTeam == 1 ? 1 : kWork == kTensor ? 8 : 4;
   constexpr int kPieceBytes = kRowBytes / kTeam, kSteps = kPieceBytes / 16 / kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int first = static_cast<long long>(a.rows) * blockIdx.x / gridDim.x;
-  const int rows = static_cast<long long>(a.rows) * (blockIdx.x + 1) / gridDim.x - first;
+  const int first = a.dealt ? blockIdx.x : static_cast<long long>(a.rows) * blockIdx.x / gridDim.x, step = a.dealt ? gridDim.x : 1;
+  const int rows = a.dealt ? (a.rows - first + step - 1) / step : static_cast<long long>(a.rows) * (blockIdx.x + 1) / gridDim.x - first;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; i++) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], kTeam * kWarpSize);
     mbarrier_init(&s.done, kWarps * kWarpSize), mbarrier_init(&s.go, 1);
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
     if (lane != 0) return;
     const SharedAddress stages = shared_address(s.stages), full = shared_address(s.full), empty = shared_address(s.empty);
     const char* from = a.weights + static_cast<long long>(first) * kRowBytes;
-    for (int row = 0; row < rows; row++, from += kRowBytes) {
+    for (int row = 0; row < rows; row++, from += step * kRowBytes) {
       const Place at(row);
       mbarrier_wait_local(empty + at.stage * 8, at.parity ^ 1);
       if (row >= kWindow) mbarrier_wait_local(full + Place(row - kWindow).stage * 8, Place(row - kWindow).parity);
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < kWarps; i++) sum += s.pieces[0][turns % 4][lane][i];
-            a.out[first + base + lane] = sum;
+            a.out[first + (base + lane) * step] = sum;
           }
         } else {
           asm volatile("barrier.arrive %0, %1;" ::"r"(1 + turns % 4), "n"(kWarps * kWarpSize) : "memory");
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
         for (int r = 0; r < kTurn; r++) totals[r] = sums[r].total();
         const float total = warp_sums(totals, lane);
         if constexpr (kTeam == 1) {
-          if (lane == 0) a.out[first + base] = total;
+          if (lane == 0) a.out[first + base * step] = total;
         } else {
           if (lane % (kWarpSize / kTurn) == 0) s.pieces[team][turns % 4][lane / (kWarpSize / kTurn)][piece] = total;
           asm volatile("barrier.sync %0, %1;" ::"r"(1 + team), "n"(kTeam * kWarpSize) : "memory");
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__((kWarps + 1 + others(kWarps)) * kWarpSize, 1) 
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < kTeam; i++) sum += s.pieces[team][turns % 4][lane][i];
-            a.out[first + base + lane] = sum;
+            a.out[first + (base + lane) * step] = sum;
           }
         }
       }
@@ -262,11 +264,11 @@ struct Device {
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 template <int kWarps, int kTeam, Work kWork>
-void measure(const Device& d, int rows, const std::vector<__half>& weights, const std::vector<float>& x) {
+void measure(const Device& d, int rows, const std::vector<__half>& weights, const std::vector<float>& x, bool dealt = false) {
   const auto kernel = multiply<kWarps, kTeam, kWork>;
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<kWarps>)));
   const auto launch = [&](int phase, int pause) {
-    kernel<<<d.ctas, (kWarps + 1 + others(kWarps)) * kWarpSize, sizeof(Shared<kWarps>)>>>({d.weights, d.x, d.out, rows, phase, pause});
+    kernel<<<d.ctas, (kWarps + 1 + others(kWarps)) * kWarpSize, sizeof(Shared<kWarps>)>>>({d.weights, d.x, d.out, rows, phase, pause, dealt});
   };
   CHECK(cudaMemset(d.out, 0xff, rows * sizeof(float)));
   launch(48, 1000);
@@ -283,7 +285,8 @@ void measure(const Device& d, int rows, const std::vector<__half>& weights, cons
     }
     worst = std::max(worst, std::isnan(out[row]) ? 1e9 : std::fabs(out[row] - sum) / size);
   }
-  printf("%s, %d warps, %d share a row: error %.2g of the sum of sizes\n", kNames[kWork], kWarps, kTeam, worst);
+  const char* how = dealt ? "dealt one by one" : "in ranges";
+  printf("%s, %d warps, %d share a row, %s: error %.2g of the sum of sizes\n", kNames[kWork], kWarps, kTeam, how, worst);
   cudaEvent_t start, end;
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&end));
@@ -315,8 +318,8 @@ void measure(const Device& d, int rows, const std::vector<__half>& weights, cons
       CHECK(cudaDeviceSynchronize());
       ended = now();
     }
-    printf("burst %.3f %.3f %.4f TB/s %s, %d warps, %d share a row\n", began, ended,
-           static_cast<double>(rows) * kRowBytes * launches / (ended - began) / 1e12, kNames[kWork], kWarps, kTeam);
+    printf("burst %.3f %.3f %.4f TB/s %s, %d warps, %d share a row, %s\n", began, ended,
+           static_cast<double>(rows) * kRowBytes * launches / (ended - began) / 1e12, kNames[kWork], kWarps, kTeam, how);
   }
 }
 
@@ -344,8 +347,10 @@ int main() {
   CHECK(cudaMemcpy(on_device, x.data(), kColumns * sizeof(float), cudaMemcpyHostToDevice));
   d.weights = memory, d.x = on_device, d.out = out;
   measure<7, 1, kNone>(d, rows, weights, x);
+  measure<7, 1, kNone>(d, rows, weights, x, true);
   measure<7, 1, kRead>(d, rows, weights, x);
   measure<7, 1, kMultiply>(d, rows, weights, x);
+  measure<7, 1, kMultiply>(d, rows, weights, x, true);
   measure<8, 4, kMultiply>(d, rows, weights, x);
   measure<8, 4, kKeep>(d, rows, weights, x);
   measure<8, 8, kTensor>(d, rows, weights, x);

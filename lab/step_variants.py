@@ -1,10 +1,11 @@
 """Times whole-step plans on one GPU, in turn, beside the read ceiling of the same run: a laboratory tool.
 
-    PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [--bursts N] [VARIANT ...]
+    PYTHONPATH=src python3 lab/step_variants.py SHAPE [--context N] [--steps N] [--hot S] [--bursts N] [VARIANT ...]
 
 A VARIANT is ctas=C,warps=W,vectors=V,tile=B,tokens=K,tiles=T,stages=S,window=N,early=E,heads=G,upfirst=0|1,fifths=F; what is left out is as the plan has it. A
 tile is of B bytes, and of K cached tokens; T tiles make a stage. Prints ms a token (median over rounds of a stream of steps), the ratio to the floor, and for the first variant where
-the time of a layer goes.
+the time of a layer goes. With --hot each variant runs for S seconds ahead of each of its measurements, and ahead of a trace, so that it is measured as the
+power cap leaves it; and its clock is printed, as the driver has it behind each measurement.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hot", type=float, default=0.0)
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--bursts", type=int, default=0, help="of 0.6 s each, for lab/power.py")
     parser.add_argument("variants", nargs="*", default=[""])
@@ -91,6 +93,11 @@ def main() -> None:
     ceiling = ReadCeiling(4 << 30, device)
     decoders = {name: StepDecoder(weights, cache, plan=plan) for name, plan in plans.items()}
 
+    def heat(decoder: StepDecoder) -> None:
+        began = time.perf_counter()
+        while time.perf_counter() - began < arguments.hot:
+            list(decoder.stream(7, arguments.context, arguments.steps))
+
     def event_ms(work: object) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         ceiling.lead()
@@ -102,6 +109,7 @@ def main() -> None:
 
     times: dict[str, list[float]] = {name: [] for name in decoders}
     walls: dict[str, list[float]] = {name: [] for name in decoders}
+    clocks: dict[str, list[int]] = {name: [] for name in decoders}
     reads = []
     tokens: dict[str, list[int]] = {}
     for _ in range(arguments.rounds):
@@ -112,11 +120,14 @@ def main() -> None:
             def run(name: str = name, decoder: StepDecoder = decoder) -> None:
                 tokens[name] = list(decoder.stream(7, arguments.context, arguments.steps))
 
+            heat(decoder)
             times[name].append(event_ms(run) / arguments.steps)
             torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             walls[name].append((time.perf_counter() - start) * 1e3 / arguments.steps)
+            if arguments.hot:
+                clocks[name].append(torch.cuda.clock_rate())
     best = max(reads)
     top = statistics.median(sorted(reads)[len(reads) // 2 :])
     step = config.step_parameters * 2 + (arguments.context + arguments.steps / 2) * config.kv_elements_per_token * 2
@@ -127,10 +138,11 @@ def main() -> None:
     first = next(iter(decoders))
     for name, plan in plans.items():
         ms, wall = statistics.median(times[name]), statistics.median(walls[name])
+        clock = f"  {statistics.median(clocks[name]):.0f} MHz" if arguments.hot else ""
         same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
         print(
             f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_tiles} x {plan.tile_bytes} win {plan.window_stages:2d}: "
-            f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}",
+            f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}{clock}",
             flush=True,
         )
     for _, (name, decoder) in itertools.product(range(arguments.bursts), decoders.items()):
@@ -141,6 +153,7 @@ def main() -> None:
             ended = time.time()
         print(f"burst {start:.3f} {ended:.3f} {name}")
     if arguments.trace:
+        heat(decoders[first])
         show_trace(base, weights, cache, arguments.context)
 
 
