@@ -75,7 +75,7 @@ def test_what_is_left_out_fits_the_model_and_the_machine() -> None:
             "peer_contexts is '17', where 17 is not a context that is measured; it must be some of 16",
         ),
         ({"peer_contexts": "x"}, "peer_contexts is 'x'; it must be numbers of tokens"),
-        ({"peer_contexts": "x", "peers": False}, "peer_contexts is 'x'; it must be numbers of tokens"),
+        ({"peer_contexts": "16", "peers": False}, "peer_contexts is '16', but transformers is left out"),
     ],
 )
 def test_bad_options_are_named_with_value_and_need(options: dict[str, Any], expected: str) -> None:

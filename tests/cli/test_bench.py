@@ -104,6 +104,8 @@ def test_bad_options(arguments: tuple[str, ...], status: int, expected: str) -> 
         (("demo", "--peer-contexts", "5"), 1, "peer_contexts is '5', where 5 is not a context that is measured"),
         (("demo", "--json", "/no/such/folder/x.json"), 1, "--json is '/no/such/folder/x.json'"),
         (("demo", "--markdown", "/no/such/folder/x.md"), 1, "--markdown is '/no/such/folder/x.md'"),
+        (("demo", "--json", "x.out", "--markdown", "./x.out"), 1, "--markdown is 'x.out', which --json is too"),
+        (("demo", "--no-peers", "--peer-contexts", "16"), 1, "peer_contexts is '16', but transformers is left out"),
         (("demo", "--dtype", "int8"), 1, "dtype is 'int8'; it must be one of"),
     ],
 )

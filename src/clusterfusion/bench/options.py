@@ -79,6 +79,10 @@ def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...], peers: b
     another."""
     if peer_contexts is None:
         return contexts if peers else ()
+    if not peers:
+        raise ArgumentError(
+            f"peer_contexts is {peer_contexts[:80]!r}, but transformers is left out (--no-peers); leave out one of the two"
+        )
     chosen = parse_contexts(peer_contexts, ANY_POSITION, name="peer_contexts")
     others = [context for context in chosen if context not in contexts]
     if others:
@@ -86,7 +90,7 @@ def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...], peers: b
             f"peer_contexts is {peer_contexts[:80]!r}, where {others[0]} is not a context that is measured; it must be "
             f"some of {', '.join(map(str, contexts))}"
         )
-    return chosen if peers else ()
+    return chosen
 
 
 def parse_contexts(

@@ -13,6 +13,7 @@ from clusterfusion.cli.output import (
     JsonOption,
     ModelArgument,
     RandomWeights,
+    check_apart,
     check_writable,
     command_line,
     progress_lines,
@@ -102,6 +103,7 @@ def prefill(
     GPU: the reference mode on a short prompt."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
+    check_apart(json_file, markdown)
     from clusterfusion.bench import prefill as made
     from clusterfusion.bench.decode.options import check_source, has_gpu, load_model
 

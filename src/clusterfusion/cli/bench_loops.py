@@ -13,6 +13,7 @@ from clusterfusion.cli.output import (
     JsonOption,
     ModelArgument,
     RandomWeights,
+    check_apart,
     check_folder,
     check_writable,
     command_line,
@@ -94,6 +95,7 @@ def full(
     status 3 if tokens of our modes differ."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
+    check_apart(json_file, markdown)
     check_folder(plots, "--plots")
     from clusterfusion.bench import plots as drawing
     from clusterfusion.bench.full.options import text_options, text_options_for
@@ -159,6 +161,7 @@ def decode(
     differ."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
+    check_apart(json_file, markdown)
     engine, options = _load(
         "bench decode",
         model,

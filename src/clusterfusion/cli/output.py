@@ -56,6 +56,13 @@ def check_writable(file: Path | None, option: str = "--json") -> None:
         ) from error
 
 
+def check_apart(json_file: Path | None, markdown: Path | None) -> None:
+    """That --json and --markdown are not one file. Raises ArgumentError."""
+    if json_file is None or markdown is None or json_file.resolve() != markdown.resolve() or _is_special(markdown):
+        return
+    raise ArgumentError(f"--markdown is {str(markdown)!r}, which --json is too; each needs a file of its own")
+
+
 def check_folder(folder: Path | None, option: str) -> None:
     """As `check_writable`, for a folder that may be new."""
     if folder is None:
