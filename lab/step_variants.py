@@ -141,7 +141,7 @@ def main() -> None:
         clock = f"  {statistics.median(clocks[name]):.0f} MHz" if arguments.hot else ""
         same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
         print(
-            f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_tiles} x {plan.tile_bytes} win {plan.window_stages:2d}: "
+            f"  {name:36s} {plan.ctas} ctas {plan.vector_warps}+{plan.warps} w {plan.stages:2d} x {plan.stage_tiles} x {plan.tile_bytes} win {plan.window_stages:2d} early {plan.early_stages} heads {plan.head_groups}: "
             f"{ms:.4f} ms {ms / floor:.4f}x  wall {wall:.4f} {wall / floor:.4f}x  tokens {same}/{arguments.steps}{clock}",
             flush=True,
         )
@@ -153,15 +153,15 @@ def main() -> None:
             ended = time.time()
         print(f"burst {start:.3f} {ended:.3f} {name}")
     if arguments.trace:
-        heat(decoders[first])
-        show_trace(base, weights, cache, arguments.context)
+        show_trace(base, weights, cache, arguments.context, arguments.hot)
 
 
-def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, context: int) -> None:
+def show_trace(plan: BlockPlan, weights: object, cache: reference.KVCache, context: int, hot: float) -> None:
     layers = plan.config.num_layers
     trace = torch.zeros(trace_words(plan), dtype=torch.int64, device="cuda")
     decoder = StepDecoder(weights, cache, plan=plan, trace=trace)  # type: ignore[arg-type]
-    for _ in range(5):
+    began = time.perf_counter()
+    for _ in itertools.takewhile(lambda n: n < 5 or time.perf_counter() - began < hot, itertools.count()):
         list(decoder.stream(7, context, 8))
     torch.cuda.synchronize()
     events = trace[: plan.ctas * (layers + 1) * len(EVENTS)].view(plan.ctas, layers + 1, len(EVENTS)).cpu()

@@ -17,10 +17,11 @@ from clusterfusion.architecture import DecoderConfig
 from clusterfusion.named_shapes import named_shape
 from clusterfusion.plan import H200, BlockPlan, balance, check_plan, check_step, plan_block, step
 from clusterfusion.plan import block as planning
-from clusterfusion.plan.block_check import ROLES, Role
-from clusterfusion.plan.sizes import qkv_rows
+from clusterfusion.plan.block_check import ROLES, Role, of_group
+from clusterfusion.plan.sizes import head_groups, qkv_rows
 from clusterfusion.plan.step import Action
 from clusterfusion.plan.step_check import buffers_needed, prove, run_step
+from clusterfusion.plan.step_effects import shared
 
 SHAPES = ["llama-3.1-8b", "llama-3.2-1b", "llama-2-7b"]
 
@@ -54,6 +55,29 @@ def small_plan(
 def test_heads_come_in_two_groups_where_nothing_hides_attention() -> None:
     names = dict.fromkeys([*SHAPES, "redpajama-incite-3b"], 2) | {"smollm-135m": 1, "pythia-2.8b": 1}
     assert {name: plan_block(named_shape(name), H200).head_groups for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tile_bytes", "groups"),
+    [(32, 8192, 2), (31, 8192, 1), (30, 8192, 1), (34, 8192, 2), (32, 2048, 2), (34, 2048, 1)],
+    ids=["as short as a part may be", "odd", "shorter", "longer", "a part as long as a tile", "longer than a tile"],
+)
+def test_when_heads_come_in_two_groups(kv_heads: int, tile_bytes: int, groups: int) -> None:
+    """A part of a row of o has 64 bytes for each head of 64."""
+    config = dataclasses.replace(named_shape("llama-3.2-1b"), num_heads=kv_heads, num_kv_heads=kv_heads)
+    assert head_groups(config, tile_bytes) == groups
+
+
+def test_the_check_sees_parts_of_another_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, plan = step.group_parts, small_plan()
+    check_step(plan)
+
+    def swapped(plan: BlockPlan, name: str, group: int) -> range:
+        return original(plan, name, 1 - group if name == "o" else group)
+
+    monkeypatch.setattr(step, "group_parts", swapped)
+    with pytest.raises(AssertionError, match="step: what group 0 is multiplied by of a row of o"):
+        check_step(plan)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -211,6 +235,12 @@ def test_the_check_sees_attention_placed_before_all_groups_are_projected(
 
     edited(lambda cta, actions: [a for a in actions if (a.kind, a.name, a.group) != ("await", "projected", last)])
     sees(plan, EARLY)
+    # In a CTA that works they are all projected when it comes to bring attention, unless a wait has expired: in the proof none does.
+    assert plan.works(0, 999) and plan.head_group(0) == 0
+    edited(lambda cta, actions: actions if cta else move(actions, ("place", "attended"), ("await", "projected")))
+    prove(plan, 999)
+    with pytest.raises(AssertionError, match="step: CTA 0 has projected before attention is placed"):
+        check_step(plan)
 
 
 def test_the_check_sees_word_ahead_of_its_work(plan: BlockPlan, edited: Callable[[Edit], None]) -> None:
@@ -222,13 +252,21 @@ def test_the_check_sees_word_ahead_of_its_work(plan: BlockPlan, edited: Callable
         (
             ("signal", "output_sums"),
             ("read", "o"),
-            r"o_sums .* holds \('o', 0\)|is not written over while \('attended', 0\)",
+            r"is not written over while \('attended', 0\) is read",
         ),
         (("place", "middle_normed"), ("await", "output_sums"), r"is not written over while \('attended', 0\) is read"),
     ):
         edited(lambda cta, actions, what=what, ahead_of=ahead_of: move(actions, what, ahead_of))  # type: ignore[misc]
         with pytest.raises(AssertionError, match=complaint):
             prove(plan, 999)
+
+
+def test_the_middle_residual_needs_the_sums_of_all_groups(plan: BlockPlan) -> None:
+    """Which x1 covers: nobody writes it before all of o is multiplied."""
+    read = {place for writes, place, _ in shared(plan, Action("publish", "middle", 0, range(1))) if not writes}
+    assert {place for place in read if place.startswith("o_sums")} == {
+        of_group("o_sums", group) for group in range(plan.head_groups)
+    }
 
 
 def test_the_check_sees_groups_that_are_taken_for_one_another(plan: BlockPlan, edited: Callable[[Edit], None]) -> None:
@@ -298,7 +336,7 @@ def test_the_check_sees_a_signal_of_two_roles(plan: BlockPlan, edited: Callable[
         return [*actions, *(Action("signal", "word", layer) for layer in range(last + 1) if vectors == (layer != last))]
 
     edited(edit)
-    with pytest.raises(AssertionError, match="word of CTA .* is one other role's"):
+    with pytest.raises(AssertionError, match="word of CTA .* is the other role's"):
         prove(plan, 999)
 
 

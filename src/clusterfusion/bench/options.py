@@ -76,7 +76,7 @@ def layer_options(
 
 def some_contexts(peer_contexts: str | None, contexts: tuple[int, ...], peers: bool) -> tuple[int, ...]:
     """Those of `contexts` that text such as "16,512" names; all of them if None; none without `peers`. Raises ArgumentError for
-    another."""
+    another, and where there is text without `peers`."""
     if peer_contexts is None:
         return contexts if peers else ()
     if not peers:

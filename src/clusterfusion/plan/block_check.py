@@ -18,7 +18,7 @@ ROLES: tuple[Role, ...] = ("vectors", "tiles")
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One thing that a role of a CTA does in the fused launch: read rows of a matrix, publish tagged rows
-    or wait for some, arrive at a counter or wait for one, signal the CTA's other roles or await a signal of one."""
+    or wait for some, arrive at a counter or wait for one, signal the CTA's other role or await its signal."""
 
     kind: Literal["read", "publish", "arrive", "wait", "signal", "await"]
     name: str

@@ -55,7 +55,6 @@ NARROW_HIDDEN_SIZE = 2048
 NARROW_WINDOW_BYTES, NARROW_EARLY_BYTES = 40960, 16384  # below it
 WINDOW_BYTES_AN_ELEMENT = 24  # of hidden_size, from there on
 MOST_WINDOW_BYTES, EARLY_BYTES = 73728, 32768
-ENOUGH_RING_BYTES = 57344  # of a ring, where there is a choice
 
 
 class Ring(NamedTuple):
@@ -83,7 +82,7 @@ def window_bytes(config: DecoderConfig) -> int:
 
 
 def early_bytes(config: DecoderConfig) -> int:
-    """The same, at least, while what it is multiplied by is not there yet."""
+    """As many of these as whole stages take, or more, while what they are multiplied by is not there yet."""
     return NARROW_EARLY_BYTES if config.hidden_size < NARROW_HIDDEN_SIZE else EARLY_BYTES
 
 
@@ -99,7 +98,7 @@ def is_scarce(limits: PlanLimits) -> bool:
 
 def enough_bytes(config: DecoderConfig, limits: PlanLimits) -> int:
     """So deep a ring must be at least, where there is a choice."""
-    return 2 * TARGET_STAGE_BYTES if is_scarce(limits) else min(window_bytes(config), ENOUGH_RING_BYTES)
+    return 2 * TARGET_STAGE_BYTES if is_scarce(limits) else window_bytes(config)
 
 
 def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: int) -> Ring:

@@ -38,7 +38,7 @@ class Action(NamedTuple):
     wait: until the counter `name` is `target` or more; for a tagged vector, until all `rows` are those of `layer`.
     load: from memory into registers: the vector `name`, of h and of attention's "partials" one group; x of layer 0 is the embedding of the token.
     place: from registers into the CTA's shared memory: `name`, a vector that tiles are multiplied by, of h and of attention one group.
-    signal: that the CTA's other roles may go on, and await: until one has said so for this layer.
+    signal: that the CTA's other role may go on, and await: until it has said so for this layer.
     """
 
     kind: Literal["read", "finish", "publish", "arrive", "wait", "load", "place", "signal", "await"]
@@ -246,7 +246,7 @@ def rows_a_tile(plan: BlockPlan, name: str) -> int:
 
 
 def row_parts(plan: BlockPlan, name: str) -> tuple[int, ...]:
-    """The elements of a matrix's row that each of its tiles brings: one number unless the row is longer than a tile."""
+    """The elements of a matrix's row that each of its tiles brings: one number unless the row is longer than a tile, or comes in groups."""
     groups = _groups(plan, name)
     elements = columns(plan, name) // groups
     parts = -(-elements * ELEMENT_BYTES // plan.tile_bytes)

@@ -317,11 +317,9 @@ def _check_signals(run: Run) -> None:
         where = f"{name} of CTA {cta}"
         require(given == list(range(len(given))), f"{where} is signalled once a layer", given)
         givers, takers = {e.actor for _, e in signals}, {e.actor for _, e, _ in awaits}
-        require(len(givers) == 1 and not givers & takers, f"{where} is one other role's", (givers, takers))
-        require(bool(takers), f"{where} is awaited in every layer in which it is signalled", takers)
-        for taker in takers:
-            wanted = list(dict.fromkeys(layer for layer, _, e in awaits if e.actor == taker))
-            require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
+        require(len(givers) == 1 and not givers & takers, f"{where} is the other role's", (givers, takers))
+        wanted = list(dict.fromkeys(layer for layer, _, _ in awaits))
+        require(wanted == given, f"{where} is awaited in every layer in which it is signalled", wanted)
         for layer, begin, over in awaits:
             if layer > 0:
                 fault = unordered([signals[layer - 1][1]], [begin])
@@ -332,7 +330,7 @@ def _check_signals(run: Run) -> None:
 
 
 def _check_end(run: Run) -> None:
-    """Who arrives for the choice of the token has done with the step, and so have its CTA's other roles."""
+    """Who arrives for the choice of the token has done with the step, and so has its CTA's other role."""
     ends = [event for (name, *_), events in run.arrivals.items() if name == "token" for event in events]
     require(len(ends) * len(ROLES) == len(run.lengths), "every CTA arrives for the choice of the token", len(ends))
     for event in ends:
