@@ -12,7 +12,7 @@ from clusterfusion.bench.results import TIMED, Times, times_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200")
-KINDS = (*TIMED, "roofline", "verify", "quality", "perplexity")
+KINDS = (*TIMED, "prefill", "roofline", "verify", "quality", "perplexity")
 RANDOM = " (random weights)"
 # What is to be on record (in this order), whatever else may be.
 MODELS = (
@@ -24,6 +24,7 @@ MODELS = (
     "pythia-12b",
     "llama-3.2-1b",
     "llama-3.1-8b",
+    "llama-2-7b",
 )
 
 

@@ -46,6 +46,8 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
             f"{NOT_MEASURED.capitalize()}: there is no result of `bench layer` here.\n",
             _layers,
         ),
+        "## Prompts\n",
+        *_section(of_kind(results, "prefill"), f"`bench prefill` is {NOT_MEASURED}.\n", _prompts),
         "## What this GPU reads\n",
         *_section(of_kind(results, "roofline"), _ceilings_instead(results), _roofline),
         "## Is the output right?\n",
@@ -62,7 +64,7 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
 
 def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
     """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at the context nearest to 1024 that all have, with peers if there is one where all have any. None without results."""
+    three models, at a context that all have: where most of them have peers, and nearest to 1024 among those. None without results."""
     for kind in TIMED:
         first: dict[str, ResultFile] = {}
         for file in of_kind(results, kind):
@@ -70,14 +72,10 @@ def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], in
                 first.setdefault(file.model, file)
         wanted = [model for model in OVERVIEW_MODELS if model in first]
         chosen = [first[model] for model in (wanted or list(first)[:3])]
-        for with_peers in (True, False):
-            contexts = [
-                {point.context for point in file.times.points if point.floor_ms and (point.peers or not with_peers)}
-                for file in chosen
-            ]
-            common = set.intersection(*contexts) if contexts else set()
-            if common:
-                return chosen, min(common, key=lambda context: (abs(context - OVERVIEW_CONTEXT), context))
+        contexts = [{point.context: point for point in file.times.points if point.floor_ms} for file in chosen]
+        if common := set.intersection(*map(set, contexts)) if contexts else set():
+            peers = {context: sum(bool(points[context].peers) for points in contexts) for context in common}
+            return chosen, min(common, key=lambda context: (-peers[context], abs(context - OVERVIEW_CONTEXT), context))
     return None
 
 
@@ -115,7 +113,7 @@ def _section(files: Sequence[ResultFile], without: str, one: Any) -> Iterable[st
 
 
 def _matrix(results: Sequence[ResultFile]) -> str:
-    kinds = (*TIMED, *EVALUATED)
+    kinds = (*TIMED, "prefill", *EVALUATED)
     models = list(dict.fromkeys([*MODELS, *sorted(file.model for file in results if file.model)]))
     rows = []
     for model in models:
@@ -126,7 +124,8 @@ def _matrix(results: Sequence[ResultFile]) -> str:
             for kind in kinds
         ]
         rows.append([model, *(cell or NOT_MEASURED for cell in cells)])
-    return _table(["model", *(f"bench {kind}" for kind in TIMED), *EVALUATED], rows, text_columns=7)
+    heads = ["model", *(kind if kind in EVALUATED else f"bench {kind}" for kind in kinds)]
+    return _table(heads, rows, text_columns=len(heads))
 
 
 def _origin(file: ResultFile) -> str:
@@ -208,6 +207,26 @@ def _layers(file: ResultFile) -> str:
         _ablation(file.times),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _prompts(file: ResultFile) -> str:
+    prompts = file.data["prompts"]
+
+    def cell(loop: dict[str, Any]) -> str:
+        if loop.get("median_ms") is None:
+            return "–"
+        ratio = loop["ratio_to_transformers"]
+        return f"{loop['median_ms']:.2f}" + (f" ({ratio:.2f})" if ratio is not None else "")
+
+    names = list(dict.fromkeys(name for each in prompts for name in each["loops"]))
+    rows = [[name, *(cell(each["loops"].get(name, {})) for each in prompts)] for name in names]
+    parts = [
+        f"### {file.model}, {file.data['model']['dtype']}{', random weights' * file.random_weights}: `bench prefill`\n",
+        _origin(file),
+        f"Milliseconds to the first token (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
+        _table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
+    ]
+    return "\n".join(parts)
 
 
 def _ceiling(file: ResultFile) -> str:

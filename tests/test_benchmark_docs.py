@@ -66,6 +66,7 @@ def test_without_results_it_says_so(root: Path) -> None:
     said = (root / PAGE).read_text()
     assert "there is no result of `bench full` or `bench decode` here" in said
     assert "`bench roofline` by itself is not measured yet.\n" in said
+    assert "`bench prefill` is not measured yet.\n" in said
     assert "`verify`, `quality` and `perplexity`: not measured yet" in said
     assert "not recorded yet" in said and ".json" not in said
     readme = (root / "README.md").read_text()
@@ -94,6 +95,17 @@ def test_sections_come_as_files_come(root: Path) -> None:
     read = {"bytes": 4_000_000_000, "variants": {"loads": {"median_ms": 0.8, "bytes_per_s": 5e12}}}
     device = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
     put(root, "roofline.json", {"benchmark": "roofline", "reads": [read], **device})
+    loops = {
+        "model": {"median_ms": 8.7, "ratio_to_transformers": 0.29},
+        "transformers": {"median_ms": 30.0, "ratio_to_transformers": 1.0},
+        "reference": {"median_ms": None, "ratio_to_transformers": None},
+    }
+    prefill = {"model": {"name": "pythia-2.8b (random weights)", "dtype": "float16"}, "runs": 10, "scope": "a wall"}
+    put(
+        root,
+        "prefill.json",
+        {"benchmark": "prefill", "prompts": [{"prompt": 16, "loops": loops}], **prefill, **device},
+    )
     put(root, "other.json", {"traceEvents": []})
     assert benchmark_docs.main([], root) == 0
     said = (root / PAGE).read_text()
@@ -115,6 +127,10 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 1 tie, 0 error.",
         "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
         "| 4.00 | loads | 0.8000 | 5.000 |",
+        "### pythia-2.8b, float16, random weights: `bench prefill`",
+        "| model | 8.70 (0.29) |",
+        "| transformers | 30.00 (1.00) |",
+        "| reference | – |",
         "`benchmark_decode.py` | `clusterfusion bench decode --random-weights pythia-2.8b`",
         "[decode_pythia-2.8b.json](../benchmarks/results/h200/decode_pythia-2.8b.json) (random weights)",
         "Not drawn from here: [other.json]",
@@ -146,6 +162,25 @@ def test_the_readme_shows_peers_where_there_are_any(root: Path, with_peers: tupl
     put(root, "decode_pythia-2.8b.json", times)
     assert benchmark_docs.main([], root) == 0
     assert f"whole generate loops after {drawn} tokens" in (root / "README.md").read_text()
+
+
+@needs_matplotlib
+def test_the_readme_shows_most_models_beside_peers(root: Path) -> None:
+    """One model without peers leaves the others theirs."""
+    put(root, "decode_pythia-2.8b.json", decoded())
+    others = decoded()
+    others["model"] = {**others["model"], "name": "llama-3.1-8b (random weights)"}
+    for each in others["contexts"]:
+        each["peers"] = {}
+    put(root, "decode_llama.json", others)
+    times = decoded()
+    times["model"] = {**times["model"], "name": "pythia-6.9b (random weights)"}
+    for each in times["contexts"]:
+        if each["context"] != 16:
+            each["peers"] = {}
+    put(root, "decode_pythia-6.9b.json", times)
+    assert benchmark_docs.main([], root) == 0
+    assert "whole generate loops after 16 tokens" in (root / "README.md").read_text()
 
 
 @needs_matplotlib

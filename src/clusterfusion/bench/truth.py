@@ -1,8 +1,8 @@
 """Float64 ground truth of a decoder, and the engine's own final hidden state, from public parts alone.
 
 The hidden state here is what the final norm reads. A session returns logits only, so `HiddenProbe` runs the layers a
-second time as the session's mode does, over a cache of its own, and hands the state out only where final norm and LM head
-over it give the session's logits to the bit.
+second time as the session's mode does, over a cache of its own, and hands the state out only where the logits that come of
+it are the session's to the bit.
 """
 
 from __future__ import annotations
@@ -82,28 +82,26 @@ class HiddenProbe:
         if self.reason is not None:
             return None
         try:
-            hidden = self._run(token)
+            hidden, own_logits = self._run(token)
         except ClusterFusionError as error:
             self.reason = str(error)
             return None
-        weights = self._engine.weights
-        if not torch.equal(logits_of(weights, hidden, weights.dtype), logits):
+        if not torch.equal(own_logits, logits):
             self.reason = f"the layers run by themselves do not give the bits of mode {self._engine.mode} (token {self._position})"
             return None
         self._position += 1
         return hidden
 
-    def _run(self, token: int) -> Tensor:
+    def _run(self, token: int) -> tuple[Tensor, Tensor]:
         weights, mode = self._engine.weights, self._engine.mode
-        ids = torch.tensor([token], device=weights.device)
         if mode == "reference":
-            return hidden_states(weights, ids, self._cache, self._position, weights.dtype)[-1]
-        with torch.cuda.device(weights.device), torch.inference_mode(False), torch.no_grad():
-            if self._decoder is None:
-                self._decoder = BlockDecoder(weights, self._cache, "split" if mode == "split" else "fused")
-            self._decoder.residual.copy_(F.embedding(ids, weights.embedding)[0])
-            self._decoder.set_position(self._position)
-            hidden = self._decoder.run_layers().clone()
-            torch.cuda.synchronize(weights.device)
-            self._decoder.check_error()
-        return hidden
+            ids = torch.tensor([token], device=weights.device)
+            hidden = hidden_states(weights, ids, self._cache, self._position, weights.dtype)[-1]
+            return hidden, logits_of(weights, hidden, weights.dtype)
+        if self._decoder is None:
+            self._decoder = BlockDecoder(weights, self._cache, "split" if mode == "split" else "fused")
+        logits = self._decoder.step(token, self._position)
+        hidden = self._decoder.hidden.clone()
+        torch.cuda.synchronize(weights.device)
+        self._decoder.check_error()
+        return hidden, logits

@@ -91,6 +91,11 @@ class BlockDecoder:
         """Where the first layer reads the residual stream, [hidden] float32."""
         return self._x[0]
 
+    @property
+    def hidden(self) -> Tensor:
+        """Where the last layer leaves it, for final norm and LM head."""
+        return self._x[self._weights.config.num_layers % 2]
+
     def set_position(self, position: int) -> None:
         """Write the number of cached tokens to where the layers read it, in the current stream's order."""
         self._position.fill_(position)
@@ -99,7 +104,7 @@ class BlockDecoder:
         """All layers at the current position, from the residual stream [hidden] in `residual`; returns where it ends."""
         for launch in self._launches:
             launch()
-        return self._x[self._weights.config.num_layers % 2]
+        return self.hidden
 
     def _capture(self) -> None:
         """The first step in graph mode: run once, which also sets up libraries, then capture for the later ones."""
@@ -140,7 +145,7 @@ class BlockDecoder:
             norm_weight=address("final_norm_weight", weights.final_norm_weight),
             norm_bias=address("final_norm_bias", weights.final_norm_bias),
             lm_head=address("lm_head", weights.lm_head),
-            x=self._x[weights.config.num_layers % 2].data_ptr(),
+            x=self.hidden.data_ptr(),
             logits=self._logits.data_ptr(),
             vocabulary=weights.config.vocab_size,
         )
