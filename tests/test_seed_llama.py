@@ -43,6 +43,7 @@ def test_rmsnorm_against_float64(hidden: int, eps: float | None) -> None:
         ({"weight": torch.ones(80).half()[::2]}, "weight is of strides"),
         ({"weight": None}, "weight is a NoneType"),
         ({"eps": -1.0}, "eps is -1.0"),
+        ({"eps": "x"}, "eps is 'x'"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], complaint: str) -> None:

@@ -14,7 +14,7 @@ from plan.orders import in_order
 
 from clusterfusion.bench.trace.timeline import Timeline, read_record
 from clusterfusion.named_shapes import named_shape
-from clusterfusion.plan import BlockPlan, PlanLimits, plan_block, trace
+from clusterfusion.plan import H200, BlockPlan, plan_block, trace
 from clusterfusion.plan.block import Order
 from clusterfusion.plan.trace import Role
 
@@ -70,7 +70,7 @@ Gaps = Callable[[int, int, Role, dict[str, int]], dict[str, int]]  # CTA, layer,
 def small_plan(layers: int = LAYERS, *, ctas: int = 4, order: Order = "qkv_first") -> BlockPlan:
     """Of a small model on a GPU of so many multiprocessors."""
     config = dataclasses.replace(named_shape("pythia-14m"), num_layers=layers)
-    plan = plan_block(config, PlanLimits("small", multiprocessors=ctas, shared_bytes_per_block=232448))
+    plan = plan_block(config, dataclasses.replace(H200, name="small", multiprocessors=ctas))
     assert plan.ctas == ctas
     return in_order(plan, order)
 

@@ -34,7 +34,7 @@ UP_DEALT_AS_THE_REST = {"pythia-14m", "pythia-31m"}
 def test_every_named_shape_has_a_plan(name: str, limits: PlanLimits) -> None:
     config = named_shape(name)
     if limits is RTX_5090 and name in TOO_WIDE_FOR_CONSUMER_CARDS:
-        with pytest.raises(UnsupportedModelError, match="hidden_size 6144 needs .* bytes of shared memory a block"):
+        with pytest.raises(UnsupportedModelError, match="hidden_size 6144, .* bytes of shared memory a block"):
             plan_block(config, limits)
         return
     plan = plan_block(config, limits)
@@ -281,7 +281,7 @@ def test_any_shape_has_a_sound_plan_or_a_reason(
         check_plan(in_order(plan, order))
         check_deal(plan)
     if reason:
-        check_refusal(reason)
+        check_refusal(reason, config, limits)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate", "shared_bytes"), [(16384, 24576, 232448), (2560, 61440, 167936)])
@@ -319,4 +319,4 @@ def test_a_vocabulary_beyond_32_bits_is_refused(multiprocessors: int, vocab_size
 
 def test_a_gpu_without_a_cluster_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="a cluster takes 2 multiprocessors .*; one has 1, the model 2560"):
-        plan_block(named_shape("pythia-2.8b"), PlanLimits("one", 1, 232448))
+        plan_block(named_shape("pythia-2.8b"), dataclasses.replace(H200, name="one", multiprocessors=1))

@@ -83,10 +83,11 @@ def test_any_shape_has_a_sound_plan_or_a_reason(
         intermediate_size=8 * mlp_eighths,
         vocab_size=99,
     )
+    limits = dataclasses.replace(DEVICES[device], multiprocessors=24)
     try:
-        plan_block(config, dataclasses.replace(DEVICES[device], multiprocessors=24))  # which checks it
+        plan_block(config, limits)  # which checks it
     except UnsupportedModelError as error:
-        check_refusal(str(error))
+        check_refusal(str(error), config, limits)
 
 
 @pytest.mark.parametrize("limits", DEVICES.values(), ids=DEVICES)
@@ -239,14 +240,41 @@ def test_any_shape_has_a_sound_step_or_a_reason(
         vocab_size=vocab,
         max_position_embeddings=640,
     )
-    reason = ""
+    limits = dataclasses.replace(H200, multiprocessors=multiprocessors)
     try:
-        plan = plan_block(config, dataclasses.replace(H200, multiprocessors=multiprocessors))
+        plan = plan_block(config, limits)
     except UnsupportedModelError as error:
-        reason = str(error)
+        check_refusal(str(error), config, limits)
     else:
         check_step(plan)
-    assert not reason or "need as many CTAs" in reason or "bytes of shared memory" in reason
+
+
+@given(
+    kv_heads=st.integers(60, 132),
+    group=st.sampled_from((1, 2, 4, 8)),
+    head_dim=st.sampled_from((64, 128, 256)),
+    hidden=st.integers(1, 2048),
+    intermediate=st.integers(1, 4096),
+)
+@settings(max_examples=100, deadline=None)
+def test_whole_devices_refuse_only_what_does_not_fit(
+    kv_heads: int, group: int, head_dim: int, hidden: int, intermediate: int
+) -> None:
+    """Shapes about as large as fit: 784 heads of 64 leave little of 227 KB."""
+    shape = named_shape("llama-3.2-1b")
+    config = dataclasses.replace(
+        shape,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary=dataclasses.replace(shape.rotary, nominal_dim=head_dim),
+        hidden_size=8 * hidden,
+        intermediate_size=8 * intermediate,
+    )
+    try:
+        plan_block(config, H200)
+    except UnsupportedModelError as error:
+        check_refusal(str(error), config, H200)
 
 
 # -- the schedule, followed --------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
 def _plan_for(config: DecoderConfig, device_index: int) -> BlockPlan:
     limits = device_limits(device_index)
     architecture_of(limits.compute_capability, limits.name)
-    return plan_block(config, PlanLimits(limits.name, limits.multiprocessors, limits.shared_bytes_per_block))
+    facts = (limits.name, limits.multiprocessors, limits.shared_bytes_per_block, limits.compute_capability)
+    return plan_block(config, PlanLimits(*facts))
 
 
 class ErrorRecord:

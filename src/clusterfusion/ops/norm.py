@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from clusterfusion.arguments import as_float
 from clusterfusion.errors import ArgumentError
 from clusterfusion.jit.cluster_norm import (
     CLUSTER_SIZES,
@@ -26,6 +27,7 @@ _ELEMENT_TYPES: dict[torch.dtype, ElementType] = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
 }
+_EPS = "zero or a positive number, finite in float32"
 
 
 def layer_norm(
@@ -84,7 +86,8 @@ def _norm(
             _check_vector(name, vector, x)
     if bias is not None and bias.dtype != weight.dtype:
         raise ArgumentError(f"bias is {bias.dtype}; it must be {weight.dtype}, as weight is")
-    _require("eps", eps, eps >= 0, "zero or more")
+    eps = as_float("eps", eps, _EPS)
+    _require("eps", eps, 0 <= eps <= torch.finfo(torch.float32).max, _EPS)
     _require("cluster_size", cluster_size, cluster_size in CLUSTER_SIZES, f"one of {CLUSTER_SIZES}")
     _require("exchange", exchange, exchange in get_args(Exchange), f"one of {get_args(Exchange)}")
     out_dtype = x.dtype if out_dtype is None else out_dtype

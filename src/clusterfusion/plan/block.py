@@ -270,11 +270,15 @@ def plan_block(config: DecoderConfig, limits: PlanLimits) -> BlockPlan:
     plan = deep[0] if deep else max(plans, key=lambda plan: plan.stages)
     if plan.bundles > ctas:
         what = "heads" if plan.queries == 1 else f"bundles of {plan.queries} heads"
-        raise UnsupportedModelError(f"{plan.bundles} {what} need as many CTAs; {limits.name} holds {ctas}")
+        raise UnsupportedModelError(
+            f"{plan.bundles} {what} need as many CTAs, of which there are {ctas}: {limits.name} has {limits.multiprocessors} "
+            f"multiprocessors, the model a hidden_size of {config.hidden_size}"
+        )
     if plan.stages <= 0:
         raise UnsupportedModelError(
-            f"hidden_size {config.hidden_size} needs {plan.shared_bytes} bytes of shared memory a block; {limits.name} has "
-            f"{limits.shared_bytes_per_block}"
+            f"hidden_size {config.hidden_size}, {config.num_heads} heads of {config.head_dim} and intermediate_size "
+            f"{config.intermediate_size} need {min(plan.shared_bytes for plan in plans)} bytes of shared memory a block; "
+            f"{limits.name} has {limits.shared_bytes_per_block}"
         )
     require_dealt_out(config, limits.name, ctas)
     check_plan(plan)

@@ -12,8 +12,15 @@ class PlanLimits:
     name: str
     multiprocessors: int
     shared_bytes_per_block: int
+    compute_capability: tuple[int, int]
+
+    @property
+    def holds_tiles(self) -> bool:
+        """Whether a warp has a tile's weights in registers before it multiplies them. The compiler spills them on Blackwell, whose kernels do
+        not (kMostHeld in cuda/ops/gemv.cuh)."""
+        return self.compute_capability < (10, 0)
 
 
-H200 = PlanLimits("H200", multiprocessors=132, shared_bytes_per_block=232448)
-B200 = PlanLimits("B200", multiprocessors=148, shared_bytes_per_block=232448)
-RTX_5090 = PlanLimits("RTX 5090", multiprocessors=170, shared_bytes_per_block=101376)
+H200 = PlanLimits("H200", 132, 232448, (9, 0))
+B200 = PlanLimits("B200", 148, 232448, (10, 0))
+RTX_5090 = PlanLimits("RTX 5090", 170, 101376, (12, 0))

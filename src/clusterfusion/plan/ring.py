@@ -1,7 +1,7 @@
 """How a CTA's shared memory, warps and registers are spent on the stream of weights: tiles, stages, window, warps of each role.
 
 What covers a wait for other CTAs is what streams on meanwhile: the ring's stages, and the tiles that waiting tile warps have in
-registers. Both are chosen together for the most bytes. Measured on an H200 (lab/decode_step.md).
+registers, where they do. Both are chosen together for the most bytes. Measured on an H200 (lab/decode_step.md).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         stage_tiles = 1
     stage_bytes = tile_bytes * stage_tiles
     stage_room = stage_bytes + BARRIER_BYTES
-    holds = tile_bytes <= MOST_TILE_BYTES and not scarce
+    holds = tile_bytes <= MOST_TILE_BYTES and limits.holds_tiles
     window = max(1, window_bytes(config) // stage_bytes)
 
     def fixed(warps: int) -> int:
@@ -130,6 +130,9 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         room = min(max((limits.shared_bytes_per_block - fixed(warps)) // stage_room, 0), MAX_STAGES)
         teams = warps // stage_tiles
         return room if tells_uses_apart(room, teams, window) else room // teams * teams
+
+    def least_bytes(warps: int) -> int:  # a stage of every team
+        return fixed(warps) + warps // stage_tiles * stage_room
 
     def cover(warps: int) -> int:
         stages = stages_with(warps)
@@ -165,5 +168,5 @@ def choose_ring(config: DecoderConfig, limits: PlanLimits, ctas: int, queries: i
         early_stages=max(1, min(stages, window, -(-early_bytes(config) // stage_bytes))),
         head_groups=groups,
         tile_tokens=tile_tokens,
-        shared_bytes=fixed(warps) + stages * stage_room if stages else fixed(2) + 2 * stage_room,
+        shared_bytes=fixed(warps) + stages * stage_room if stages else min(least_bytes(warps) for _, warps in choices),
     )

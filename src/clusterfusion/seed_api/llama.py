@@ -37,6 +37,8 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     needed = f"[batch, hidden], hidden from 1 to {MAX_HIDDEN}"
     require("input", f"of shape {shape}", len(shape) == 2 and 1 <= shape[1] <= MAX_HIDDEN, needed)
     require("input", input.dtype, input.dtype == torch.float16, "torch.float16")
+    apart = "rows whose elements lie side by side: input.contiguous()"
+    require("input", f"of strides {list(input.stride())}", shape[1] == 1 or input.stride(1) == 1, apart)
     require_dense("weight", weight, f"a tensor [{shape[1]}]")
     require_tensor("weight", weight, (shape[1],), torch.float16, device)
     return rms_norm(input, weight, eps)

@@ -72,14 +72,18 @@ def llama_decoder_layer_batch_decode_sglang(
     slots = 1 + max((slot for s in sequences for slot in (*s.cached, s.new)), default=-1)
     pointers = _checked_addresses(device, layer_id, k_cache_ptrs, v_cache_ptrs)
     k_cache, v_cache = (_at_address(name, where, slots, device) for name, where in pointers.items())
+    k_name, v_name = (
+        f"the {cache} at {cache}_ptrs (up to slot {slots - 1}, the largest of paged_kv_indices)"
+        for cache in ("k_cache", "v_cache")
+    )
     named = {
         "input": input, "residual": residual, "weight_qkv": weight_qkv, "weight_o": weight_o,
         "paged_kv_indptr": paged_kv_indptr, "paged_kv_indices": paged_kv_indices, "k_cache_ptrs": k_cache_ptrs,
         "v_cache_ptrs": v_cache_ptrs, "rms_input_weight": rms_input_weight, "positions": positions, "cos_sin": cos_sin,
     }  # fmt: skip
-    check_written("the k_cache at k_cache_ptrs", k_cache, **named, **{"the v_cache at v_cache_ptrs": v_cache})
-    check_written("the v_cache at v_cache_ptrs", v_cache, **named)
-    named |= {"the k_cache at k_cache_ptrs": k_cache, "the v_cache at v_cache_ptrs": v_cache}
+    check_written(k_name, k_cache, **named, **{v_name: v_cache})
+    check_written(v_name, v_cache, **named)
+    named |= {k_name: k_cache, v_name: v_cache}
     check_written("output", output, **named, residual_output=residual_output)
     if residual_output.data_ptr() == residual.data_ptr():
         del named["residual"]

@@ -224,8 +224,9 @@ class VectorWarps : public Attention<S> {
       valid = at - values + 4;
     });
     read(values);
+    // In every form of a launch, marked or not: all have the same bits. By index: a loop over the range leaves many values in local memory.
 #pragma unroll
-    for (float& value : values) value = unmarked(value);  // in every form of a launch, marked or not: all have the same bits
+    for (int k = 0; k < kItems; k++) values[k] = unmarked(values[k]);
     const auto store = [&](NormTransform t) {
       for_my_quads<S>(values, [&](int quad, const float* at) {
         const int i = kEarly ? (at - values) / 4 : 0;
