@@ -154,7 +154,7 @@ def _decoding(file: ResultFile) -> str:
         f"Milliseconds per output token, median of {data['runs']} runs of {data['new_tokens']} tokens (x floor):\n",
         _times_table(file.times),
         _ablation(file.times),
-        "Milliseconds to the first token (share of transformers eager's):\n",
+        f"Milliseconds to the first token{' (share of transformers eager)' * (EAGER in file.times.names)}:\n",
         _first_tokens(file),
         _memory(file),
         _clocks(file),

@@ -52,7 +52,7 @@ LIMITS = """\
 - Clocks are as the driver sets them. Ratios within one run are worth more than times of different runs. A GPU that reads at its
   memory's speed can be above its power limit, to which the driver then brings it back by lower clocks
   ([lab/results/power.txt](../lab/results/power.txt)). Where slow peers are measured, the GPU rests in between; at other contexts it does not. `bench full`
-  and `bench decode` write down the clock beside each time where the extra `clocks` is installed; results before that have none.
+  and `bench decode` write down the clock beside each time where the extra `clocks` is installed, and runs last long enough for a look.
 - Peak memory is that of PyTorch's allocator: weights and what one loop holds beside them, without the CUDA context.
 - Kernels are compiled before anything is timed; the first use of a model on a machine takes longer.
 """

@@ -26,7 +26,7 @@ JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 
 
 # Parts of the package that do not decide what runs on the GPU.
-OFF_GPU = {"__init__.py", "__main__.py", "bench", "cli", "integrations", "named_shapes.py", "random_weights.py"}
+OFF_GPU = {"__init__.py", "__main__.py", "bench", "cli", "named_shapes.py", "random_weights.py"}
 
 
 PENDING = Path("tests/gpu_record_pending.json")

@@ -25,7 +25,6 @@ TIERS = (
     ("__main__",),
     ("cli",),
     ("bench",),
-    ("integrations",),
     ("",),
     ("engine",),
     ("seed_api",),

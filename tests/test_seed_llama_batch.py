@@ -184,7 +184,12 @@ def test_what_is_written_has_memory_of_its_own(given: dict[str, Any]) -> None:
             call(given, **{argument: given[other]})
     with pytest.raises(ArgumentError, match="^output shares memory with residual_output"):
         call(given, output=given["residual_output"])
-    with pytest.raises(ArgumentError, match="^the k_cache at k_cache_ptrs \(up to slot 63, the largest of paged_kv_indices\) shares memory with the v_cache"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"^the k_cache at k_cache_ptrs \(up to slot \d+, the largest of paged_kv_indices\) shares memory with the v_cache",
+    ):
         call(given, v_cache_ptrs=given["k_cache_ptrs"])
-    with pytest.raises(ArgumentError, match="^the v_cache at v_cache_ptrs shares memory with input"):
+    with pytest.raises(
+        ArgumentError, match=r"^the v_cache at v_cache_ptrs \(up to slot \d+, .*\) shares memory with input"
+    ):
         call(given, input=given["caches"]["v"][1][:3])

@@ -274,12 +274,12 @@ def test_what_nobody_waits_for_is_not_handed_over(order: Order, hand_overs: dict
 
 
 def test_options() -> None:
-    assert trace_options(2048) == TraceOptions(512, 32, 16)
+    assert trace_options(2048) == TraceOptions(512, 31, 16)
     assert trace_options(None).cached_tokens == 543
-    assert trace_options(64) == TraceOptions(32, 32, 16)
+    assert trace_options(64) == TraceOptions(33, 31, 16)
     assert trace_options(16, steps=1) == TraceOptions(15, 1, 16)
     for options, message in (
-        ({"context": 2048}, "context is 2048, which makes 2080 tokens with 32 steps; .* must be from 1 to 2016"),
+        ({"context": 2048}, "context is 2048, which makes 2079 tokens with 31 steps; .* must be from 1 to 2017"),
         ({"context": 0}, "context is 0; it must be an int from 1"),
         ({"steps": 0}, "steps is 0; it must be an int from 1 to 2047"),
         ({"ctas": 0}, "ctas is 0; it must be an int from 1"),
@@ -356,7 +356,7 @@ def test_the_command_prints_a_page_and_writes_the_file(
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    assert seen == [TraceOptions(9, 32, 16)]
+    assert seen == [TraceOptions(9, 31, 16)]
     printed = capsys.readouterr()
     assert "wait: attention" in printed.out and f"written to {file}" in printed.err
     trace = json.loads(gzip.decompress(file.read_bytes()))

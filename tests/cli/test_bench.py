@@ -139,7 +139,7 @@ def test_roofline_without_a_gpu(arguments: tuple[str, ...], expected: str) -> No
         (("--random-weights", "pythia-2.8b", "--out", "trace.json.gz"), "bench trace needs an NVIDIA GPU"),
         ((), "bench trace needs either MODEL or --random-weights SHAPE; neither was given"),
         (("--random-weights", "pythia-3b"), "named shape 'pythia-3b' is unknown"),
-        (("--random-weights", "pythia-2.8b", "--context", "2040"), "it must be from 1 to 2016"),
+        (("--random-weights", "pythia-2.8b", "--context", "2040"), "it must be from 1 to 2017"),
         (("demo", "--steps", "0"), "steps is 0; it must be an int from 1"),
         (("demo", "--ctas", "0"), "ctas is 0; it must be an int from 1"),
         (("demo", "--out", "/no/such/folder/x.json"), "--out is '/no/such/folder/x.json'"),

@@ -62,6 +62,7 @@ def test_without_a_model_it_runs_the_demo_and_says_what_is_missing(
         (("demo", "--text", "/no/such/file"), "--text is '/no/such/file', which cannot be read"),
         (("demo", "--modes", "graph"), "modes is 'graph', and none of them can run here"),
         (("demo", "--plots", "/no/such/folder"), "--plots is '/no/such/folder', where nothing can be written"),
+        (("demo", "--plots", "/proc/folder"), "--plots is '/proc/folder', where nothing can be written"),
         (("demo", "--json", "/no/such/folder/x"), "it must name a file in a folder that exists"),
     ],
 )

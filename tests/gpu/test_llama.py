@@ -201,6 +201,9 @@ def test_the_general_call(name: str, pairing: str) -> None:
             config, layer, x[None].double(), row_cos, row_sin, k, v, position, dtype=torch.float64
         )
         assert (results[0][0].double() - exact[0]).norm() < 2e-3 * exact.norm()
+        for new, cache in zip(results[0][1:], (k, v), strict=True):
+            row = cache[:, position]
+            assert (new.double() - row).norm() < 1e-3 * row.norm()
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
@@ -245,16 +248,15 @@ def test_a_shared_model_is_not_copied() -> None:
     assert torch.cuda.memory_allocated() - before <= cache_bytes + 0.02 * weight_bytes
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_generation_is_that_of_the_reference(mode: str) -> None:
-    """In float64's opinion no step is close: tokens of every mode must be the reference's."""
+def test_generation_is_that_of_the_reference() -> None:
+    """The same tokens in every mode, each of them in the reference's opinion, in float64, the likeliest or as good as that."""
     model = tiny_llama(eos_token_id=None).to(GPU, torch.bfloat16)
     ids = random_token_ids(model.config.vocab_size, 9).tolist()
-    expected = clusterfusion.load(model, mode="split").generate(ids, 60).token_ids
-    assert clusterfusion.load(model, mode=mode).generate(ids, 60).token_ids == expected
-    exact = clusterfusion.load(model.to(torch.float32), mode="reference").session()
+    first, *others = (clusterfusion.load(model, mode=mode).generate(ids, 60).token_ids for mode in MODES)
+    assert len(first) == 60 and all(tokens == first for tokens in others)
+    exact = clusterfusion.load(model.to(torch.float64), mode="reference").session()
     logits = exact.prefill(torch.tensor(ids))
-    for token in expected:
+    for token in first:
         assert logits.max() - logits[token] < 0.05 * logits.std(), "a token that is not the likeliest"
         logits = exact.step(token)
 

@@ -31,6 +31,12 @@ SIX_HEADS = dataclasses.replace(
 PLAIN = dataclasses.replace(named_shape("llama-3.2-1b"), gated_mlp=False)
 SIDE_BY_SIDE = dataclasses.replace(named_shape("llama-3.2-1b"), parallel_residual=True)
 PLAIN_SIDE_BY_SIDE = dataclasses.replace(PLAIN, parallel_residual=True)
+FOUR_OF_96 = dataclasses.replace(
+    named_shape("llama-2-13b"), num_heads=16, num_kv_heads=4, head_dim=96, rotary=RotaryConfig(nominal_dim=96)
+)
+VERY_WIDE = dataclasses.replace(
+    named_shape("llama-3.1-8b"), hidden_size=12288, num_heads=96, intermediate_size=16384
+)  # 20 quads of the residual vector a thread
 NEIGHBOURS = dataclasses.replace(named_shape("llama-2-7b"), rotary=RotaryConfig(nominal_dim=128, neighbours=True))
 CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]] = [
     ("2.8b", named_shape("pythia-2.8b"), H200, "sm_90a", "float16", "float32"),
@@ -61,6 +67,9 @@ CASES: list[tuple[str, DecoderConfig, PlanLimits, str, ElementType, ElementType]
     ("LLaMA, six heads of 128", SIX_HEADS, H200, "sm_90a", "float16", "float32"),
     ("LLaMA, six heads of 128", SIX_HEADS, RTX_5090, "sm_120a", "bfloat16", "float32"),
     ("SmolLM", named_shape("smollm-135m"), RTX_5090, "sm_120a", "bfloat16", "float32"),
+    ("12b", named_shape("pythia-12b"), B200, "sm_100a", "float16", "float32"),
+    ("LLaMA, four heads of 96", FOUR_OF_96, B200, "sm_100a", "float16", "float32"),
+    ("LLaMA, very wide", VERY_WIDE, H200, "sm_90a", "bfloat16", "float32"),
     ("RMSNorm without a gate", PLAIN, H200, "sm_90a", "float16", "float32"),
     ("RMSNorm, parallel residual", SIDE_BY_SIDE, H200, "sm_90a", "bfloat16", "float32"),
     ("RMSNorm without a gate, parallel residual", PLAIN_SIDE_BY_SIDE, H200, "sm_90a", "float16", "float32"),

@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating]
 
 VECTOR, WARP = 8, 32
-LOADS = 12  # of partials, that a thread has under way together
 LOG2E = 1.4426950408889634
+
+
+def loads_together(vector_warps: int) -> int:
+    """Quads of partials that a thread has under way together: Attention::load_attention."""
+    return 12 if vector_warps < 6 else 16
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:

@@ -380,8 +380,8 @@ class Cta:
         each = each.reshape(self.config.num_heads, -1, self.config.head_dim + 2)[group * heads : (group + 1) * heads]
         warps = plan.vector_warps
         own = -(-heads * self.config.head_dim // (4 * kernel.WARP * warps))  # quads of a thread
-        together = own if own * plan.partials_per_head <= kernel.LOADS or own < 4 else 4
-        loaded = max(kernel.LOADS // together, 1)
+        together = own if own < 3 else 2 if self.config.head_dim // 4 % 4 else 4
+        loaded = min(plan.partials_per_head, kernel.loads_together(warps) // together)
         each = each[:, : plan.used_partials(self.s.position)]
         merged = [kernel.merge_in_rounds(partials, loaded) for partials in each]
         return np.concatenate([partial[:-2] / partial[-1] for partial in merged])

@@ -218,6 +218,7 @@ def test_one_buffer_of_everything_suffices() -> None:
     vocab=st.integers(1, 400),
     layers=st.integers(1, 4),
     multiprocessors=st.integers(2, 60),
+    position=st.integers(0, 639),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_shape_has_a_sound_step_or_a_reason(
@@ -229,6 +230,7 @@ def test_any_shape_has_a_sound_step_or_a_reason(
     vocab: int,
     layers: int,
     multiprocessors: int,
+    position: int,
 ) -> None:
     config = weights_config(
         layers,
@@ -247,6 +249,7 @@ def test_any_shape_has_a_sound_step_or_a_reason(
         check_refusal(str(error), config, limits)
     else:
         check_step(plan)
+        prove(plan, position)
 
 
 @given(

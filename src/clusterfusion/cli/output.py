@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,12 +68,17 @@ def check_folder(folder: Path | None, option: str) -> None:
     """As `check_writable`, for a folder that may be new."""
     if folder is None:
         return
-    there = folder if folder.exists() else folder.absolute().parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    try:
+        if folder.exists():
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            folder.mkdir()
+            folder.rmdir()
+    except OSError as error:
         raise ArgumentError(
-            f"{option} is {str(folder)!r}, where nothing can be written; it must name a folder, which may be new in one that "
-            "exists"
-        )
+            f"{option} is {str(folder)!r}, where nothing can be written ({error.strerror}); it must name a folder, which may be "
+            "new in one that exists"
+        ) from error
 
 
 def progress_lines() -> Callable[[str], None]:

@@ -48,10 +48,10 @@ class SamplingOptions:
         return self.repetition_penalty == 1 and (self.temperature == 0 or sampled)
 
     def __post_init__(self) -> None:
-        temperature = as_float("temperature", self.temperature, "a number >= 0")
+        temperature = as_float("temperature", self.temperature, "a finite number >= 0")
         top_p = as_float("top_p", self.top_p, "a number in (0, 1]")
         penalty = as_float("repetition_penalty", self.repetition_penalty, "a number from 1e-6 to 1e6")
-        _check("temperature", temperature, temperature >= 0, "a number >= 0")
+        _check("temperature", temperature, temperature >= 0, "a finite number >= 0")
         _check("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
         _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "a number from 1e-6 to 1e6")
         object.__setattr__(self, "temperature", temperature)

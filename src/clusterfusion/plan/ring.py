@@ -41,8 +41,8 @@ SCARCE_VECTOR_WARPS = 4
 GOOD_COVER = 0.95  # of the most there can be: of such choices, the one with the fewest quads a thread
 # Vector, tile and producer warps together: with more, a thread has fewer than 128 registers.
 MOST_WARPS = 16
-# Beside the sums of more value_spans a thread needs more than 128 registers, which so few warps leave it; of these 6 are for tiles, which
-# share stages of one or two.
+# A bundle of more value_spans (sizes.py) than this is wide: its sums are so many registers of a thread that the rest no longer fits 128. A CTA
+# has so few warps then that a thread has more; and stages of one tile or two, since only the fewest of WARPS, 6, are left for tiles.
 MOST_SPANS_AT_EASE = 2
 MOST_WARPS_OF_WIDE, MOST_STAGE_TILES_OF_WIDE = 12, 2
 SCARCE_SHARED_BYTES = 128 * 1024

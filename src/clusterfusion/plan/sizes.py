@@ -13,7 +13,8 @@ MAX_TILE_TOKENS = 256  # the longest side of a tensor copy's box
 MAX_TILE_PASSES = 16  # of a warp over a tile: their scores are in registers
 TENSOR_COPY_ALIGNMENT = 128  # bytes, in shared memory
 PARTIAL_PADDING = 4  # floats beside a head's values in a partial: maximum, sum, and two to fill 16 bytes
-# Of a bundle's query heads, of up to 64 dimensions, or of more; and of its value_spans: beyond, registers do not suffice.
+# The most query heads that a bundle has, where they are of up to 64 dimensions, or of more; and the most value_spans, which see. With more,
+# registers do not suffice.
 MOST_QUERIES, MOST_WIDE_QUERIES = 8, 6
 MOST_VALUE_SPANS = 4
 MOST_HEAD_GROUPS = 2  # of a plan's own choice
@@ -45,8 +46,9 @@ def head_groups(config: DecoderConfig, tile_bytes: int) -> int:
 
 
 def by_groups(first: int, last: int, total: int, groups: int) -> tuple[range, ...]:
-    """Of `total` rows in groups that are alike, what a CTA has of each that without groups had those from `first` up to `last`: over the
-    groups as many (Hermite's identity), and of all CTAs each row once."""
+    """A CTA's rows of a matrix whose `total` rows come in so many groups of the same size: of each group a range, numbered as the
+    matrix's rows are. Without groups the CTA would have rows `first` up to `last`; over the groups it has as many (Hermite's
+    identity), and over all CTAs each row is had once."""
     size = total // groups
     return tuple(
         range(group * size + (first + group) // groups, group * size + (last + group) // groups)
@@ -55,7 +57,8 @@ def by_groups(first: int, last: int, total: int, groups: int) -> tuple[range, ..
 
 
 def value_spans(config: DecoderConfig, queries: int) -> int:
-    """Of four heads and 64 dimensions each, for which a warp that attends a bundle of several heads has sums of values: 16 registers a lane."""
+    """How many blocks of four query heads by 64 dimensions cover the output of a bundle of so many `queries`: a warp that attends it
+    has their sums in registers, 16 a lane for each block. None for a bundle of one head, which is attended another way."""
     return 0 if queries == 1 else -(-queries // 4) * -(-config.head_dim // 64)
 
 

@@ -86,7 +86,8 @@ class Run:
 
 
 def check_step(plan: BlockPlan) -> None:
-    """Raise AssertionError with the values unless the step's schedule is sound for this plan, at any position."""
+    """Raise AssertionError with the values unless the step's schedule is sound for this plan: the deal of cached tokens at several
+    positions, the order of everything with the fewest clusters that attend and with the most."""
     c = plan.config
     for position in {0, 1, 2 * plan.tile_tokens + 1, c.max_position // 2 + 1, c.max_position - 1}:
         check_cached_tokens(plan, position)

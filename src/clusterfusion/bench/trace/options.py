@@ -13,7 +13,10 @@ from clusterfusion.engine.modes import why_not
 from clusterfusion.errors import ArgumentError, UnsupportedModelError
 from clusterfusion.named_shapes import named_shape
 
-DEFAULT_CONTEXT, DEFAULT_STEPS, DEFAULT_CTAS = 512, 32, 16
+DEFAULT_CONTEXT, DEFAULT_CTAS = 512, 16
+DEFAULT_STEPS = (
+    31  # launches of 1, 2, 4 and three of 8: the last step is within a launch, as most steps of decoding are
+)
 MODE = "model"
 _MOST_CTAS = 1 << 16
 

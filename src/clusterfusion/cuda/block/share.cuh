@@ -225,8 +225,8 @@ class CtaShare {
  protected:
   __device__ int rows_from(int rows) const { return first_row<S::kCtas>(rows, cta_); }
   __device__ int rows_to(int rows) const { return first_row<S::kCtas>(rows, cta_ + 1); }
-  // This CTA's rows of a matrix whose rows come in kGroups groups of kOfGroup: over the groups as many as it would have without (over g,
-  // the sum of (n + g) / kGroups is n, Hermite's identity). They are streamed, and numbered within the CTA, group by group.
+  // This CTA's rows of a matrix whose rows come in kGroups groups of kOfGroup rows. They are streamed, and numbered within the CTA, group by
+  // group. Over all groups they are as many as without groups: the sum of (n + g) / kGroups over g is n (Hermite's identity).
   template <int kGroups, int kOfGroup>
   struct GroupedRows {
     int from, to;  // without groups, of this CTA and of the next one

@@ -246,7 +246,7 @@ class VectorWarps : public Attention<S> {
       stage();
       if (thread_ == 0) s_.scales[kMiddle] = t.scale;
       if constexpr (!kMiddle || !S::kGated) this->signal(kMiddle ? kMiddleScaled : kScaled);
-      block_sync();  // with a gate, vector warps finish the rows of up
+      block_sync();  // the factor is there for vector warps that finish rows; and the scratch of the sum, one for all norms with one sum, is free
     }
   }
 

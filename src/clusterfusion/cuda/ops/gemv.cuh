@@ -115,11 +115,11 @@ struct Nothing {
 
 // Whether a warp has a tile's weights in registers before it multiplies them: it hands the stage back at once, and while x is not
 // there yet, the warps' registers are that much more ring. With more 16-byte vectors a lane than this, it reads them where they are;
-// on Blackwell always, for which the compiler spills them.
+// on Blackwell always, for which the compiler spills them. And of longer rows than kMostUnrolled of these, a loop's turn takes kTurn.
 #if __CUDA_ARCH__ >= 1000
-constexpr int kMostHeld = 0;
+constexpr int kMostHeld = 0, kMostUnrolled = 10, kTurn = 10;
 #else
-constexpr int kMostHeld = 20;
+constexpr int kMostHeld = 20, kMostUnrolled = 20, kTurn = 8;
 #endif
 
 // This CTA's `rows` rows, in tiles, or kPartsHere parts of each of them and of x as well; calls out(row, part, value) on one lane
@@ -131,7 +131,7 @@ __device__ __forceinline__ void gemv(
     Consumer& consumer, int rows, const X& x, int lane, Ready ready, Out out, Flush flush = Flush()) {
   using Eight = typename X::Eight;
   constexpr int kRowVectors = (Tiles::kParts > 1 ? Tiles::kPartColumns : Tiles::kColumns) / kVector;
-  constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize, kUnrolled = kSteps <= 20 ? kSteps : 8;
+  constexpr int kSteps = (kRowVectors + kWarpSize - 1) / kWarpSize, kUnrolled = kSteps <= kMostUnrolled ? kSteps : kTurn;
   constexpr bool kEven = Tiles::kBytes * Tiles::kParts % Tiles::kRowBytes == 0;  // parts are alike
   static_assert(kPartsHere == Tiles::kParts || kEven, "parts are alike, whichever they are");
   constexpr bool kWhole = kEven && kRowVectors % kWarpSize == 0;

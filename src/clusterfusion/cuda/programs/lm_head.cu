@@ -29,7 +29,9 @@ struct FinalResidual {
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) lm_head(const __grid_constant__ HeadArguments arguments) {
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<typename CtaState<S>::Shared*>(memory);
+  using Shared = typename CtaState<S>::Shared;
+  static_assert(sizeof(Shared) <= S::kSharedBytes, "plan/block.py allots less than the kernel needs");
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) CtaState<S>::init(shared);
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
