@@ -275,7 +275,7 @@ def test_what_nobody_waits_for_is_not_handed_over(order: Order, hand_overs: dict
 
 def test_options() -> None:
     assert trace_options(2048) == TraceOptions(512, 31, 16)
-    assert trace_options(None).cached_tokens == 543
+    assert trace_options(None).cached_tokens == 542
     assert trace_options(64) == TraceOptions(33, 31, 16)
     assert trace_options(16, steps=1) == TraceOptions(15, 1, 16)
     for options, message in (
