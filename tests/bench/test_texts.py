@@ -55,6 +55,18 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: bytes | None, expect
         texts.read_text(file)
 
 
+def test_a_file_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "text.txt"
+    monkeypatch.setattr(texts, "MOST_BYTES", 2**20)
+    file.write_bytes(b"a" * 2**20)
+    assert len(texts.read_text(file)) == 2**20
+    file.write_bytes(b"a" * (2**20 + 1))
+    with pytest.raises(
+        ArgumentError, match="--text is '.*text.txt', which holds more than 1 MiB; it must hold no more"
+    ):
+        texts.read_text(file)
+
+
 def test_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -142,6 +142,13 @@ def test_prompt_that_is_not_utf8() -> None:
     assert "not UTF-8 (byte 2)" in one_line(done.stderr)
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a device that never ends")
+def test_a_prompt_that_does_not_end() -> None:
+    done = run("generate", "demo", "--file", "/dev/zero")
+    assert done.returncode == 1
+    assert "the prompt in --file /dev/zero holds more than 256 MiB" in one_line(done.stderr)
+
+
 @pytest.mark.parametrize(
     "arguments", [("--debug", "generate", "nowhere", "x"), ("generate", "nowhere", "x", "--debug")]
 )

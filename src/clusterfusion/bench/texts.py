@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -53,6 +54,7 @@ in it, the 4th of May and the 19th of June, and a sum of 2,350 pounds; there was
 heard of; and at the end, in another hand, there was a single line of numbers: 7, 14, 28, 56, 112.
 """
 
+MOST_BYTES = 2**28  # of a text
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 
 
@@ -67,10 +69,19 @@ def held_out_text() -> str:
     return str(log["excerpt"]["text"])
 
 
+def whole(stream: BinaryIO, source: str) -> bytes:
+    """All that a stream holds. Raises ArgumentError, which begins with `source`, where that is more than a text: a device never ends."""
+    data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ArgumentError(f"{source} holds more than {MOST_BYTES / 2**20:g} MiB; it must hold no more")
+    return data
+
+
 def read_text(file: Path, option: str = "--text") -> str:
     """A file's UTF-8 text. Raises ArgumentError naming `option` for one that cannot be read, or holds nothing."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        with file.open("rb") as stream:
+            text = whole(stream, f"{option} is {str(file)!r}, which").decode("utf-8")
     except OSError as error:
         raise ArgumentError(
             f"{option} is {str(file)!r}, which cannot be read ({error.strerror}); it must name a text file"

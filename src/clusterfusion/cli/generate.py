@@ -75,10 +75,13 @@ def read_prompt(argument: str | None, option: str | None, file: str | None) -> s
         return argument if argument is not None else option or ""
     if (file is None and (sys.stdin is None or sys.stdin.isatty())) or (file == "-" and sys.stdin is None):
         raise ArgumentError("there is no prompt: give it as an argument, with --file FILE, or on stdin")
+    from clusterfusion.bench.texts import whole
+
     if file is None or file == "-":
-        return _decode(sys.stdin.buffer.read(), "stdin")
+        return _decode(whole(sys.stdin.buffer, "the prompt in stdin"), "stdin")
     try:
-        return _decode(Path(file).read_bytes(), f"--file {file}")
+        with Path(file).open("rb") as stream:
+            return _decode(whole(stream, f"the prompt in --file {file}"), f"--file {file}")
     except OSError as error:
         raise ArgumentError(f"--file {file} cannot be read: {error.strerror}") from error
 
