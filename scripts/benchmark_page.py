@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from benchmark_text import HEAD, LIMITS, METHOD
 from seed_commands import SEED_COMMANDS
 
 from clusterfusion.bench.plots import plots_of
+from clusterfusion.bench.quality_report import ROUNDED, ROUNDED_NOTE
 from clusterfusion.bench.results import TIMED, Point, Times
 
 PAGE = Path("docs/benchmarks.md")
@@ -25,6 +26,7 @@ OVERVIEW_CONTEXT = 1024
 OVERVIEW_MODELS = ("pythia-2.8b", "pythia-6.9b", "llama-3.1-8b")
 COMPILED = "transformers compile"
 EAGER = "transformers eager"
+EAGERS_SHARE = f" (share of {EAGER}'s)"
 
 
 def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
@@ -151,12 +153,13 @@ def _decoding(file: ResultFile) -> str:
         _origin(file),
         _ceiling(file),
         *_images(file),
-        f"Milliseconds per output token, median of {data['runs']} runs of {data['new_tokens']} tokens (x floor):\n",
+        f"Milliseconds per output token, median of {_runs(file)} of {data['new_tokens']} tokens (x floor):\n",
         _times_table(file.times),
         _ablation(file.times),
-        f"Milliseconds to the first token{' (share of transformers eager)' * (EAGER in file.times.names)}:\n",
+        f"Milliseconds to the first token{EAGERS_SHARE * (EAGER in file.times.names)}:\n",
         _first_tokens(file),
         _memory(file),
+        _same_tokens(file),
         _clocks(file),
     ]
     if data.get("perplexity"):
@@ -164,20 +167,22 @@ def _decoding(file: ResultFile) -> str:
     elif file.kind == "full":
         parts.append(f"No perplexity: {data['no_perplexity']}.\n")
     missing = [f"mode {name}: {why}" for name, why in data["left_out"].items()] + list(data["missing"])
-    missing += [
-        f"{name} at context {point['context']}: {loop['error']}"
-        for point in data["contexts"]
-        for name, loop in point["peers"].items()
-        if loop.get("error")
-    ]
-    if data["interrupted"]:
-        missing.append("the run was interrupted")
-    if missing:
-        parts.append("Not in it: " + "; ".join(missing) + ".\n")
+    missing += _errors(data["contexts"], "context", "peers")
+    parts.append(_not_in_it(file, missing).lstrip())
     differences = [said for point in data["contexts"] for said in point["differences"]]
     if differences:
         parts.append("**Tokens differ that must not:** " + "; ".join(differences) + ".\n")
     return "\n".join(part for part in parts if part)
+
+
+def _errors(points: Sequence[dict[str, Any]], at: str, loops: str) -> list[str]:
+    """Whatever ended a loop, and where."""
+    return [
+        f"{name} at {at} {point[at]}: {loop['error']}"
+        for point in points
+        for name, loop in point[loops].items()
+        if loop.get("error")
+    ]
 
 
 def _clocks(file: ResultFile) -> str:
@@ -225,8 +230,9 @@ def _prompts(file: ResultFile) -> str:
         _origin(file),
         f"Milliseconds to the first token (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
         _table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
+        _not_in_it(file, _errors(prompts, "prompt", "loops")).lstrip(),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _ceiling(file: ResultFile) -> str:
@@ -292,16 +298,44 @@ def _first_tokens(file: ResultFile) -> str:
     return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
 
 
-def _memory(file: ResultFile) -> str:
-    most: dict[str, int] = {}
+def _runs(file: ResultFile) -> str:
+    """How many, and of whom fewer."""
+    asked, fewer = file.data["runs"], {}
     for point in file.data["contexts"]:
         for name, loop in {**point["peers"], **point["modes"]}.items():
-            if loop.get("peak_bytes"):
-                most[name] = max(most.get(name, 0), loop["peak_bytes"])
-    if not most:
+            if 0 < loop.get("samples", 0) < asked:
+                fewer[name] = loop["samples"]
+    said = "".join(f"; {name}, {count}" for name, count in fewer.items())
+    return f"{asked} runs{said and f' ({said[2:]})'}"
+
+
+def _memory(file: ResultFile) -> str:
+    made = _by_context(file, "peak_bytes", lambda size: f"{size / 1e9:.2f}")
+    head = "Peak memory in GB, weights included; our sessions have room for the longest context at each of them, transformers' caches for their own:"
+    return made and f"{head}\n\n{made}"
+
+
+def _same_tokens(file: ResultFile) -> str:
+    """Of peers alone: ours must not differ, and it is said where they do."""
+    if not any(point["peers"] for point in file.data["contexts"]):
         return ""
-    said = ", ".join(f"{name} {most[name] / 1e9:.2f} GB" for name in file.times.names if name in most)
-    return f"Peak memory over all contexts, weights included: {said}.\n"
+    made = _by_context(file, "same_tokens", str, modes=False)
+    return made and (
+        "Tokens of peers before the first that is not ours, after which they decode another text (rounding decides near-ties; "
+        f"`clusterfusion verify` says whose rounding):\n\n{made}"
+    )
+
+
+def _by_context(file: ResultFile, field: str, shown: Callable[[Any], str], modes: bool = True) -> str:
+    """A table of what each loop has in `field`, context by context; nothing where none has any."""
+    points = file.data["contexts"]
+    loops = [point["peers"] | (point["modes"] if modes else {}) for point in points]
+    cells = [
+        [name, *("–" if each.get(name, {}).get(field) is None else shown(each[name][field]) for each in loops)]
+        for name in file.times.names
+        if any(each.get(name, {}).get(field) is not None for each in loops)
+    ]
+    return _table(["context", *(str(point["context"]) for point in points)], cells) if cells else ""
 
 
 def _losses(scored: dict[str, Any]) -> str:
@@ -312,7 +346,10 @@ def _losses(scored: dict[str, Any]) -> str:
         for path, loss in scored["losses"].items()
     ]
     made = _table(["path", "nats/token", "perplexity", "bits/byte"], rows)
-    return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.\n"
+    cut = (
+        f", {scored['windows']} of {scored['asked_windows']} windows, interrupted" if scored.get("interrupted") else ""
+    )
+    return f"{made}\n{scored['scored_tokens']} tokens scored{cut}: {scored['source']}.\n"
 
 
 def _roofline(file: ResultFile) -> str:
@@ -347,20 +384,28 @@ def _verified(file: ResultFile) -> str:
     return (
         f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts give "
         f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['bit_differences']} differences in bits over "
-        f"{data['runs']} runs in each of {modes}.\n"
+        f"{data['runs']} runs in each of {modes}.\n{_not_in_it(file)}"
     )
+
+
+def _not_in_it(file: ResultFile, missing: Sequence[str] = ()) -> str:
+    """What a result lacks, as a paragraph; nothing for one that is whole."""
+    missing = [*missing, *["the run was interrupted"] * bool(file.data.get("interrupted"))]
+    return f"\nNot in it: {'; '.join(missing)}.\n" if missing else ""
 
 
 def _quality(file: ResultFile) -> str:
     def cell(estimate: dict[str, float] | None) -> str:
         return "–" if estimate is None else f"{estimate['mean']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
-    rows = [
-        [name, *(cell(measure[side]) for side in ("ours", "transformers", "difference"))]
-        for name, measure in file.data["measures"].items()
-    ]
-    made = _table(["against float64", "ours", "transformers", "difference"], rows)
-    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.\n"
+    measures = file.data["measures"]
+    sides = ["ours", "rounded", "transformers", "difference"]
+    if not any(measure.get("rounded") for measure in measures.values()):
+        sides.remove("rounded")
+    rows = [[name, *(cell(measure[side]) for side in sides)] for name, measure in measures.items()]
+    made = _table(["against float64", *(ROUNDED if side == "rounded" else side for side in sides)], rows)
+    note = f" {ROUNDED_NOTE}" if "rounded" in sides else ""
+    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}\n{_not_in_it(file)}"
 
 
 def _seed(results: Sequence[ResultFile]) -> str:

@@ -25,9 +25,9 @@ does nothing else reads from the same GPU, the faster of two ways (bulk copies t
 words proves that they are read. "x floor" is a time over the floor, "share of the read ceiling" the floor over a time.
 
 **Times.** `bench full` and `bench decode`: wall time of whole greedy generate loops, as a caller waits for them; per output token
-after the first, and to the first token apart; a time is the median over runs of the mean over a run's tokens. `bench layer`: the
-decoder layers alone, without embedding and LM head, between CUDA events; the median of at least 100 steps (of slow peers
-fewer, which the file says).
+after the first, and to the first token apart; a time is the median over runs of the mean over a run's tokens, with fewer runs of transformers eager, which each table says. `bench
+layer`: the decoder layers alone, without embedding and LM head, between CUDA events; the median of at least 100 steps (of slow
+peers fewer, where the file says so).
 
 **Peers** run on the same tensors as ours. *transformers eager* is `generate` as its users call it. *transformers CUDA graph* and
 *transformers compile* (`torch.compile`, mode reduce-overhead) are written kinder than its users have it: a static cache just long

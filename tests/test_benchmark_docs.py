@@ -90,7 +90,7 @@ def test_sections_come_as_files_come(root: Path) -> None:
     }
     put(root, "verify.json", evaluated("verify", summary=summary, tokens=32, runs=2, modes=[{"name": "model"}]))
     estimate = {"mean": 0.25, "low": 0.125, "high": 0.5}
-    measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None}}
+    measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None, "rounded": estimate}}
     put(root, "quality.json", evaluated("quality", measures=measures, positions=256, source="paragraphs"))
     read = {"bytes": 4_000_000_000, "variants": {"loads": {"median_ms": 0.8, "bytes_per_s": 5e12}}}
     device = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
@@ -123,9 +123,12 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "| model | – | – | – |",
         "Not in it: mode fused: there is no fuse; transformers compile at context 16: Unsupported: [no]",
         "| ours, token by token | 1.500000 | 4.48169 | 0.70000 |",
-        "Peak memory over all contexts, weights included: transformers eager 6.00 GB",
+        "median of 5 runs of 128 tokens (x floor)",
+        "| transformers eager | 6.00 | 6.00 | 6.00 |",
+        "| transformers eager | 128 | 128 | 128 |",
         "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 1 tie, 0 error.",
-        "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
+        "| against float64 | ours | ours, rounded | transformers | difference |",
+        "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
         "| 4.00 | loads | 0.8000 | 5.000 |",
         "### pythia-2.8b, float16, random weights: `bench prefill`",
         "| model | 8.70 (0.29) |",
@@ -150,6 +153,31 @@ def test_sections_come_as_files_come(root: Path) -> None:
     }
     assert benchmark_docs.main(["--check"], root) == 0
     assert benchmark_docs.write(root) == [], "the same files give the same page"
+
+
+@needs_matplotlib
+def test_what_a_result_lacks_is_said(root: Path) -> None:
+    times = decoded()
+    times["contexts"][0]["peers"]["transformers eager"]["samples"] = 3
+    put(root, "decode_pythia-2.8b.json", times)
+    summary = {"passed": True, "identical_prompts": 11, "prompts": 11, "divergences": {}, "bit_differences": 0}
+    verified = {"summary": summary, "tokens": 8, "runs": 2, "modes": [{"name": "model"}], "interrupted": True}
+    put(root, "verify.json", evaluated("verify", **verified))
+    cut = {"windows": 2, "asked_windows": 5, "interrupted": True}
+    put(root, "perplexity.json", evaluated("perplexity", **SCORED, **cut))
+    put(root, "quality.json", evaluated("quality", measures={}, positions=9, source="words", interrupted=True))
+    loops = {"model": {"median_ms": 8.0, "ratio_to_transformers": None}, "transformers": {"error": "out of memory"}}
+    origin = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
+    prefill = {"model": {"name": "x", "dtype": "float16"}, "runs": 5, "scope": "a wall", "interrupted": True}
+    prompts = [{"prompt": 16, "loops": loops}]
+    put(root, "prefill.json", {"benchmark": "prefill", "prompts": prompts, **prefill, **origin})
+    assert benchmark_docs.main([], root) == 0
+    said = (root / PAGE).read_text()
+    assert "median of 5 runs (transformers eager, 3) of 128 tokens" in said
+    assert "in each of model.\n\nNot in it: the run was interrupted." in said
+    assert "99 tokens scored, 2 of 5 windows, interrupted: a text." in said
+    assert "9 positions: words.\n\nNot in it: the run was interrupted." in said
+    assert "Not in it: transformers at prompt 16: out of memory; the run was interrupted." in said
 
 
 @needs_matplotlib

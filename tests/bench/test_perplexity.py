@@ -93,6 +93,11 @@ def test_loss_by_hand() -> None:
     assert math.isnan(loss(torch.ones(1), 0).bits_per_byte)
 
 
+def test_a_loss_that_is_no_number_stays_one() -> None:
+    assert math.isnan(loss(torch.tensor([math.nan]), 1).perplexity)
+    assert loss(torch.tensor([800.0]), 1).perplexity == math.inf
+
+
 def test_a_wrong_decode_path_shows(folder: Path, sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Session):
         def step(self, token: int) -> Tensor:

@@ -52,6 +52,28 @@ def test_both_sides_are_within_rounding_of_the_truth(sides: Sides) -> None:
     assert table(report).row_count == len(NAMES) + 1
 
 
+def test_rounding_is_told_apart(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of ours that are finer than transformers' are set beside it as rounded to its dtype, too."""
+    step = Stepper.step
+
+    def coarse(self: Stepper, token: int) -> tuple[Tensor, Tensor]:
+        logits, hidden = step(self, token)
+        return logits.bfloat16(), hidden
+
+    assert quality(sides, quiet, tokens=20).logits_max.rounded is None
+    monkeypatch.setattr(Stepper, "step", coarse)
+    report = quality(sides, quiet, tokens=20)
+    for name in ("logits_mae", "kl_nats"):
+        measure = report.measures[name]
+        assert measure.ours is not None and measure.rounded is not None and measure.transformers is not None
+        assert 0 < measure.ours.mean < 0.01 * measure.rounded.mean
+        assert measure.rounded.mean == pytest.approx(measure.transformers.mean, rel=1e-2)
+    assert report.measures["hidden_mae"].rounded is None
+    assert report.logits_max.rounded == pytest.approx(report.logits_max.transformers, rel=1e-2)
+    assert "ours, rounded" in [str(column.header) for column in table(report).columns]
+    assert any("rounded to the same dtype" in line for line in lines(report))
+
+
 def test_the_numbers_are_those_of_one_forward(sides: Sides) -> None:
     """transformers' own float64 model is an independent truth."""
     ids = random_tokens(97, TOKENS, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from clusterfusion.bench.verify import VerifyReport, make_prompts, resolve_modes
 from clusterfusion.bench.verify_report import lines, summary, table, to_json
 from clusterfusion.engine import Session
 from clusterfusion.engine.loading import demo_folder
-from clusterfusion.errors import ArgumentError
+from clusterfusion.errors import ArgumentError, ClusterFusionError
 
 TOKENS = 8
 
@@ -156,6 +158,26 @@ def test_another_bit_in_another_run_is_found(sides: Sides, monkeypatch: pytest.M
     assert found.first_bytes != found.bytes
     assert len(found.bytes) == 8
     assert any("reference run 2, step 4, logit 11" in line and found.bytes in line for line in lines(report))
+
+
+def test_logits_that_are_not_finite_pass_nothing(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest of them is the same token on both sides."""
+
+    def overflow(number: int, step: int, logits: Tensor) -> Tensor:
+        return logits * math.nan if step % (TOKENS - 1) == 3 else logits
+
+    change_steps(monkeypatch, overflow)
+    with pytest.raises(
+        ClusterFusionError, match="mode reference, prompt .*: the model's logits are not finite at new token 3"
+    ):
+        run(sides)
+
+
+def test_what_json_lacks_is_text_in_the_summary_too(sides: Sides) -> None:
+    report = run(sides, prompts=1)
+    apart = dataclasses.replace(report.prompts[0], largest_difference=math.inf)
+    written = json.dumps(to_json(dataclasses.replace(report, prompts=(apart,))), allow_nan=False)
+    assert json.loads(written)["summary"]["largest_difference"] == "inf"
 
 
 def test_one_run_is_nothing_to_compare(sides: Sides) -> None:

@@ -35,8 +35,9 @@ def whole_step_weight_bytes(config: DecoderConfig, element_bytes: int = ELEMENT_
 
 
 def mean_cached_tokens(context: int, new_tokens: int) -> float:
-    """Cached tokens that a step meets on average while `new_tokens` are decoded after `context`."""
-    return context + (new_tokens - 1) / 2
+    """Cached tokens that a step meets on average while `new_tokens` are decoded after `context`: the first of them comes of the prompt, and
+    the steps after it meet `context` tokens, and one more each."""
+    return context + (new_tokens - 2) / 2
 
 
 def decode_bytes(config: DecoderConfig, context: int, new_tokens: int, element_bytes: int = ELEMENT_BYTES) -> float:

@@ -97,16 +97,17 @@ class Pace:
 def to_json(evaluation: str, report: Any) -> dict[str, Any]:
     """A report dataclass as JSON values, with the evaluation's name and the format. Numbers that JSON lacks (NaN and
     infinities) become text."""
-    return {"evaluation": evaluation, "format": FORMAT} | _plain(dataclasses.asdict(report))
+    return {"evaluation": evaluation, "format": FORMAT} | plain(dataclasses.asdict(report))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: numbers that JSON lacks become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -264,4 +264,4 @@ def loss(nats: Tensor, scored_bytes: int) -> Loss:
     """The cost of tokens that took `nats` each and stand for `scored_bytes` bytes together."""
     mean = float(nats.mean())
     bits = float(nats.sum()) / math.log(2) / scored_bytes if scored_bytes > 0 else math.nan
-    return Loss(mean, math.exp(mean) if mean < 700 else math.inf, bits)
+    return Loss(mean, math.inf if mean >= 700 else math.exp(mean), bits)

@@ -37,12 +37,14 @@ Columns = dict[str, list[float]]  # a measure's value at each position, by the m
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A measure's mean over positions for both sides, and for the difference (ours - theirs) at each position. None where
-    a side's values cannot be had."""
+    """A measure's mean over positions for both sides, and for the difference (ours - theirs) at each position. `rounded`: ours where our
+    logits are rounded to the dtype that transformers' come in, which is a part of its error and none of ours; None where they
+    come in it. None where a side's values cannot be had."""
 
     ours: Estimate | None
     transformers: Estimate | None
     difference: Estimate | None
+    rounded: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Largest:
 
     ours: float
     transformers: float
+    rounded: float | None = None  # ours, as in Comparison
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,7 @@ def quality(
     stepper = sides.peer.stepper()
     pace = Pace(progress, "positions", len(ids))
     ours: Columns = {}
+    rounded: Columns = {}
     theirs: Columns = {}
     positions = 0
     interrupted = False
@@ -132,8 +136,11 @@ def quality(
                 raise
             interrupted = True
         if count := len(their_hidden):
-            _extend(ours, compare(true_logits[:count], torch.stack(our_logits[:count])))
-            _extend(theirs, compare(true_logits[:count], torch.stack(their_logits[:count])))
+            own, other = torch.stack(our_logits[:count]), torch.stack(their_logits[:count])
+            _extend(ours, compare(true_logits[:count], own))
+            if own.dtype != other.dtype:
+                _extend(rounded, compare(true_logits[:count], own.to(other.dtype)))
+            _extend(theirs, compare(true_logits[:count], other))
             theirs.setdefault("hidden_mae", []).extend(mean_error(true_hidden[:count], torch.stack(their_hidden)))
             if len(our_hidden) >= count:
                 states = torch.stack(our_hidden[:count])
@@ -141,7 +148,7 @@ def quality(
             positions += count
         if interrupted:
             break
-    return _report(sides.facts(command), source, len(ids), positions, ours, theirs, probe.reason, interrupted)
+    return _report(sides.facts(command), source, len(ids), positions, ours, rounded, theirs, probe.reason, interrupted)
 
 
 def compare(truth: Tensor, logits: Tensor) -> Columns:
@@ -174,19 +181,23 @@ def _report(
     asked: int,
     positions: int,
     ours: Columns,
+    rounded: Columns,
     theirs: Columns,
     hidden_note: str | None,
     interrupted: bool,
 ) -> QualityReport:
     if len(ours.get("hidden_mae", ())) < positions:
         ours.pop("hidden_mae", None)
-    largest = Largest(max(ours.pop("logits_max")), max(theirs.pop("logits_max")))
+    rounded_max = rounded.pop("logits_max", None)
+    largest = Largest(
+        max(ours.pop("logits_max")), max(theirs.pop("logits_max")), None if rounded_max is None else max(rounded_max)
+    )
     return QualityReport(
         facts=facts,
         source=source,
         asked_tokens=asked,
         positions=positions,
-        measures={name: _comparison(ours.get(name), theirs.get(name)) for name in theirs},
+        measures={name: _comparison(ours.get(name), theirs.get(name), rounded.get(name)) for name in theirs},
         logits_max=largest,
         hidden_note=hidden_note,
         confidence=CONFIDENCE,
@@ -196,9 +207,11 @@ def _report(
     )
 
 
-def _comparison(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> Comparison:
+def _comparison(
+    ours: Sequence[float] | None, theirs: Sequence[float] | None, rounded: Sequence[float] | None
+) -> Comparison:
     def estimate(values: Sequence[float] | None) -> Estimate | None:
         return None if values is None else bootstrap(values, SEED)
 
     both = None if ours is None or theirs is None else (np.asarray(ours) - np.asarray(theirs)).tolist()
-    return Comparison(estimate(ours), estimate(theirs), estimate(both))
+    return Comparison(estimate(ours), estimate(theirs), estimate(both), estimate(rounded))

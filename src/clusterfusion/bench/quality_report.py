@@ -24,6 +24,11 @@ NOTE = (
     "Each side against the float64 reference, teacher-forced, token by token. In brackets: 95% bootstrap intervals over "
     "positions. Hidden state: what the final norm reads. KL: of the reference's distribution from the side's, in float64."
 )
+ROUNDED = "ours, rounded"
+ROUNDED_NOTE = (
+    "transformers gives logits in its dtype, and that rounding is in its figures; our kernels give float32. 'ours, rounded' is with ours "
+    "rounded to the same dtype."
+)
 
 
 def to_json(report: QualityReport) -> dict[str, Any]:
@@ -37,13 +42,18 @@ def table(report: QualityReport) -> Table:
 
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     made.add_column("measure", no_wrap=True)
-    for name in ("ours", "transformers", "ours - transformers"):
+    with_rounded = report.logits_max.rounded is not None
+    for name in ("ours", *[ROUNDED] * with_rounded, "transformers", "ours - transformers"):
         made.add_column(name, justify="right", no_wrap=True)
     for name, measure in report.measures.items():
-        made.add_row(NAMES[name], *map(_shown, (measure.ours, measure.transformers, measure.difference)))
+        of_logits = [_shown(measure.rounded) if name != "hidden_mae" else ""] * with_rounded
+        made.add_row(
+            NAMES[name], _shown(measure.ours), *of_logits, _shown(measure.transformers), _shown(measure.difference)
+        )
         if name == "logits_mae":
             largest = report.logits_max
-            made.add_row("logits, largest error", f"{largest.ours:.3e}", f"{largest.transformers:.3e}", "")
+            of_logits = [] if largest.rounded is None else [f"{largest.rounded:.3e}"]
+            made.add_row("logits, largest error", f"{largest.ours:.3e}", *of_logits, f"{largest.transformers:.3e}", "")
     return made
 
 
@@ -59,4 +69,6 @@ def lines(report: QualityReport) -> list[str]:
     said = [f"{report.positions} positions{cut}: {report.source}"]
     if report.hidden_note is not None:
         said.append(f"our hidden state is left out: {report.hidden_note}")
+    if report.logits_max.rounded is not None:
+        said.append(ROUNDED_NOTE)
     return said

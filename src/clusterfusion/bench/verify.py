@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clusterfusion.arguments import as_int
+from clusterfusion.bench.agreement import first_not_finite
 from clusterfusion.bench.divergence import (
     RULE,
     BitDifference,
@@ -25,7 +26,7 @@ from clusterfusion.bench.truth import true_logits
 from clusterfusion.engine import MODES, Engine, Session
 from clusterfusion.engine.memory import require_memory
 from clusterfusion.engine.modes import ModeChoice, choose_mode
-from clusterfusion.errors import ArgumentError
+from clusterfusion.errors import ArgumentError, ClusterFusionError
 
 MOST_PROMPTS = 10_000
 MOST_RUNS = 1000
@@ -197,6 +198,7 @@ def _verify_prompt(sides: Sides, prompt: Prompt, tokens: int, sessions: dict[tup
     apart = 0.0
     for (mode, run), session in sessions.items():
         our_tokens, our_logits = decode(session, prompt.ids, tokens)
+        _require_finite(our_logits, mode, prompt)
         if first is None:
             first = (mode, our_logits)
         else:
@@ -215,6 +217,16 @@ def _verify_prompt(sides: Sides, prompt: Prompt, tokens: int, sessions: dict[tup
         logits = (our_logits[step], their_logits[step])
         divergences.append(measure(mode, len(prompt.ids), step, pair, texts, logits, truth, sides.engine.dtype))
     return PromptResult(prompt.label, prompt.text, len(prompt.ids), same, apart, tuple(divergences), tuple(bits))
+
+
+def _require_finite(logits: Tensor, mode: str, prompt: Prompt) -> None:
+    """The largest of logits that are not finite means nothing, be it the same token everywhere. Raises ClusterFusionError."""
+    step = first_not_finite(logits)
+    if step is not None:
+        raise ClusterFusionError(
+            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {step}: its activations overflow "
+            "the dtype; load it with dtype='bfloat16' or 'float32'"
+        )
 
 
 def _largest(ours: Tensor, theirs: Tensor, steps: int) -> float:

@@ -31,7 +31,7 @@ def summary(report: VerifyReport) -> dict[str, Any]:
 def to_json(report: VerifyReport) -> dict[str, Any]:
     """The report as JSON values, its summary first."""
     made = evaluation.to_json("verify", report)
-    return {"evaluation": made.pop("evaluation"), "summary": summary(report)} | made
+    return {"evaluation": made.pop("evaluation"), "summary": evaluation.plain(summary(report))} | made
 
 
 def table(report: VerifyReport) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from clusterfusion.bench.decode.peers import EAGER
+from clusterfusion.bench.decode.peers import EAGER, EAGER_RUNS
 from clusterfusion.bench.decode.report import SCOPE, ContextTimes, DecodeReport, LoopTimes, speedups
 from clusterfusion.bench.samples import summarise
 
@@ -36,8 +36,9 @@ NOTE = (
 def heading(report: DecodeReport) -> list[str]:
     """Lines above the table: what was decoded, on what, and the read ceiling."""
     model, options, read = report.model, report.options, report.read
+    fewer = f" ({EAGER}: {EAGER_RUNS})" if options.peer_contexts and options.runs > EAGER_RUNS else ""
     lines = [
-        f"{model.name}, {model.dtype}, batch 1, {options.new_tokens} new tokens, {options.runs} runs, on "
+        f"{model.name}, {model.dtype}, batch 1, {options.new_tokens} new tokens, {options.runs} runs{fewer}, on "
         f"{report.origin.device['name']}"
     ]
     if read:
@@ -109,7 +110,7 @@ def lines(report: DecodeReport) -> list[str]:
     said = []
     for mode in report.contexts[0].modes if report.contexts else ():
         slope, relative = report.slope(mode), report.relative_slope(mode)
-        if slope is not None:
+        if slope is not None and report.read:  # without a GPU it is noise
             over = "" if relative is None else f", {relative:.3f} of the time that reading its keys and values takes"
             said.append(f"slope of {mode}: {slope * 1e6:.1f} ns more for each cached token{over}")
     for times in report.contexts:
