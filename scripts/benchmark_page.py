@@ -210,6 +210,7 @@ def _layers(file: ResultFile) -> str:
         "Milliseconds a step of all layers (x floor):\n",
         _times_table(file.times),
         _ablation(file.times),
+        _not_in_it(file, _errors(file.data["contexts"], "context", "peers")).lstrip(),
     ]
     return "\n".join(part for part in parts if part)
 

@@ -85,6 +85,23 @@ def test_peers_that_fail_are_in_the_report(options: LayerOptions) -> None:
         assert context["forms"]["graph"]["speedup_over"] == {}
 
 
+def test_interrupted_it_keeps_what_is_done(options: LayerOptions) -> None:
+    def stop_at(context: int) -> Callable[[str], None]:
+        def stop(line: str) -> None:
+            if line == f"context {context}: measuring":
+                raise KeyboardInterrupt
+
+        return stop
+
+    report = layer.measure_layers(options, stop_at(33))
+    written = to_json(report)
+    assert written["interrupted"] and written["asked_contexts"] == [0, 33]
+    assert [times["context"] for times in written["contexts"]] == [0]
+    assert not to_json(layer.measure_layers(options, lambda line: None))["interrupted"]
+    with pytest.raises(KeyboardInterrupt):
+        layer.measure_layers(options, stop_at(0))
+
+
 def test_forms_that_differ_stop_the_run(options: LayerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StandInForm, "wrong", "split")
     with pytest.raises(ClusterFusionError, match="split and graph differ at context 0 in 128 of 128 values"):

@@ -123,7 +123,7 @@ def test_interrupted_it_keeps_whole_windows(folder: Path, sides: Sides, monkeypa
     monkeypatch.setattr(CausalLM, "logits", stop)
     report = perplexity(sides, quiet, text_file=folder / "text.txt", window=32, stride=16)
     assert (report.interrupted, report.windows, report.scored_tokens) == (True, 2, 32 + 16 - 1)
-    assert f"2 windows of {report.asked_windows} (interrupted)" in lines(report)[0]
+    assert f"2 of {report.asked_windows} (interrupted)" in lines(report)[0]
     calls = 2
     with pytest.raises(KeyboardInterrupt):
         perplexity(sides, quiet, text_file=folder / "text.txt", window=32, stride=16)

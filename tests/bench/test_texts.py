@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_model
 
 import clusterfusion
 from clusterfusion.bench import texts
@@ -32,7 +32,7 @@ def test_default_texts() -> None:
     assert (len(text), source) == (3000, "the demo model's held-out excerpt")
     other = clusterfusion.load(tiny_llama())
     assert texts.default_text(other) == (texts.PARAGRAPHS, "built-in paragraphs")
-    with pytest.raises(ArgumentError, match="--text needs a tokenizer, and .* has none"):
+    with pytest.raises(ArgumentError, match="--text needs a tokenizer: .* has no tokenizer"):
         texts.encode(other, "text")
 
 
@@ -53,6 +53,15 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: bytes | None, expect
         file.write_bytes(content)
     with pytest.raises(ArgumentError, match=f"--text is '.*text.txt', .*{expected}"):
         texts.read_text(file)
+
+
+def test_why_there_is_no_tokenizer(tmp_path: Path) -> None:
+    tiny_model("gpt_neox").save_pretrained(tmp_path)
+    without = texts.no_tokenizer(clusterfusion.load(str(tmp_path), device="cpu"))
+    assert "has no tokenizer" in without
+    (tmp_path / "tokenizer.json").write_text("{}")
+    unreadable = texts.no_tokenizer(clusterfusion.load(str(tmp_path), device="cpu"))
+    assert "has no tokenizer" in unreadable and unreadable != without and "tokenizer.json" in unreadable
 
 
 def test_a_file_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,11 +105,6 @@ def test_perplexity_on_demo(tmp_path: Path) -> None:
             1,
             "--dataset is ':x'; it must be REPOSITORY[:CONFIGURATION[:SPLIT]]",
         ),
-        (
-            ("quality", "demo", "--tokens", "2", "--json", "/dev/full"),
-            1,
-            "'/dev/full' cannot be written (No space left",
-        ),
         (("perplexity",), 2, "Missing argument 'MODEL'"),
     ],
 )
@@ -118,6 +113,24 @@ def test_bad_options(arguments: tuple[str, ...], status: int, expected: str) -> 
     assert (done.returncode, done.stdout) == (status, "")
     assert expected in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that takes nothing")
+def test_a_report_that_cannot_be_written_is_on_the_screen() -> None:
+    done = run("quality", "demo", "--tokens", "2", "--json", "/dev/full")
+    assert done.returncode == 1
+    assert "KL divergence, nats" in done.stdout
+    assert "'/dev/full' cannot be written (No space left" in " ".join(done.stderr.split())
+
+
+def test_a_text_is_not_written_over(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text that somebody wrote")
+    for command in ("quality", "perplexity"):
+        done = run(command, "demo", "--text", str(text), "--json", str(text))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "which --text is too; each needs a file of its own" in " ".join(done.stderr.split())
+    assert text.read_text() == "a text that somebody wrote"
 
 
 def test_a_wrong_engine_has_a_status_of_its_own(

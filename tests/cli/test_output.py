@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterfusion.cli.output import check_writable, command_line, write_json, write_whole
+from clusterfusion.cli.output import Outputs, check_apart, check_writable, command_line, write_json, write_whole
 from clusterfusion.errors import ArgumentError
 
 
@@ -36,6 +36,30 @@ def test_what_may_not_be_written_is_seen_before(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="cannot be written"):
             check_writable(file)
     folder.chmod(0o755)
+
+
+def test_each_option_has_a_file_of_its_own(tmp_path: Path) -> None:
+    text, other = tmp_path / "text", tmp_path / "other"
+    check_apart({"--text": text, "--json": other, "--markdown": None})
+    check_apart({"--json": Path(os.devnull), "--markdown": Path(os.devnull)})
+    other.symlink_to(text)
+    text.write_text("kept")
+    with pytest.raises(ArgumentError, match="--json is '.*other', which --text is too; each needs a file of its own"):
+        check_apart({"--text": text, "--markdown": None, "--json": other})
+
+
+def test_what_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    outputs = Outputs(said.append)
+    folder = tmp_path / "folder"
+    outputs.write(lambda: write_whole(folder / "a", "lost"))
+    assert len(said) == 1 and "cannot be written" in said[0]
+    with pytest.raises(ArgumentError, match="cannot be written .*; what was measured is not in it"):
+        outputs.check()
+    folder.mkdir()
+    outputs.write(lambda: write_whole(folder / "a", "there"))
+    outputs.check()
+    assert (folder / "a").read_text() == "there"
 
 
 def test_links_that_lead_nowhere_yet(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def measure_layers(
     on_context: Callable[[LayerReport], None] = lambda report: None,
 ) -> LayerReport:
     """Everything in one run on the current GPU. `progress` gets a line now and then; `command` goes into the report;
-    `on_context` gets the report so far after every context, so that an interrupted run leaves what it has measured.
+    `on_context` gets the report so far after every context. Ctrl-C ends the run with what is done; before the first context is
+    done it is raised.
 
     Raises DeviceError without a GPU that runs the kernels, or without the memory; ClusterFusionError when the launch
     forms differ in a bit or give what is not finite. A peer that fails is in the report and ends nothing.
@@ -68,33 +69,39 @@ def measure_layers(
     origin = environment.origin(command, device)
     timer = DeviceTimer(ceiling.lead)
     ceiling_times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    contexts = []
-    for context in options.contexts:
-        for form in forms:
-            form.set_context(context)
-        expected = agreed_output({form.name: form.output() for form in forms}, context)
-        progress(f"context {context}: {', '.join(FORMS)} agree to the bit")
-        with_peers = peers if context in options.peer_contexts else None
-        setups = _set_up_peers(with_peers, context, expected, options.repeats, progress)
-        progress(f"context {context}: measuring")
-        candidates = ceiling.candidates(options.repeats) + [form.candidate(options.repeats) for form in forms]
-        candidates += [setup.candidate for setup in setups if setup.candidate is not None]
-        timings = round_robin(candidates, timer)
-        agreed_output({"before": expected} | {form.name: form.output() for form in forms}, context)
-        for variant in VARIANTS:
-            ceiling_times[variant] += timings[variant].times_ms
-        contexts.append(_context_times(context, timings, setups))
-        report = LayerReport(
-            options=options,
-            origin=origin,
-            read=ReadSpeeds(read_bytes, {variant: summarise(times) for variant, times in ceiling_times.items()}),
-            contexts=tuple(contexts),
-        )
-        on_context(report)
-        del setups, candidates  # caches and graphs of this context's peers
-        if peers is not None:
-            peers.forget_context()
-
+    contexts: list[ContextTimes] = []
+    report: LayerReport | None = None
+    try:
+        for context in options.contexts:
+            for form in forms:
+                form.set_context(context)
+            expected = agreed_output({form.name: form.output() for form in forms}, context)
+            progress(f"context {context}: {', '.join(FORMS)} agree to the bit")
+            with_peers = peers if context in options.peer_contexts else None
+            setups = _set_up_peers(with_peers, context, expected, options.repeats, progress)
+            progress(f"context {context}: measuring")
+            candidates = ceiling.candidates(options.repeats) + [form.candidate(options.repeats) for form in forms]
+            candidates += [setup.candidate for setup in setups if setup.candidate is not None]
+            timings = round_robin(candidates, timer)
+            agreed_output({"before": expected} | {form.name: form.output() for form in forms}, context)
+            for variant in VARIANTS:
+                ceiling_times[variant] += timings[variant].times_ms
+            contexts.append(_context_times(context, timings, setups))
+            report = LayerReport(
+                options=options,
+                origin=origin,
+                read=ReadSpeeds(read_bytes, {variant: summarise(times) for variant, times in ceiling_times.items()}),
+                contexts=tuple(contexts),
+            )
+            on_context(report)
+            del setups, candidates  # caches and graphs of this context's peers
+            if peers is not None:
+                peers.forget_context()
+    except KeyboardInterrupt:
+        if report is None:
+            raise
+        return dataclasses.replace(report, interrupted=True)
+    assert report is not None, "there is a context"
     return report
 
 

@@ -43,8 +43,8 @@ def table(report: PerplexityReport) -> Table:
 
 def lines(report: PerplexityReport) -> list[str]:
     """What the table stands on."""
-    cut = f" of {report.asked_windows} (interrupted)" if report.interrupted else ""
+    cut = f" of {report.asked_windows} (interrupted)," if report.interrupted else ""
     return [
-        f"{report.scored_tokens} scored tokens, {report.scored_bytes} bytes, {report.windows} windows{cut} of "
-        f"{report.window} tokens, stride {report.stride}: {report.source}"
+        f"scored: {report.scored_tokens} tokens, {report.scored_bytes} bytes; windows: {report.windows}{cut} of up to "
+        f"{report.window} tokens, stride {report.stride}; {report.source}"
     ]

@@ -38,8 +38,8 @@ Columns = dict[str, list[float]]  # a measure's value at each position, by the m
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A measure's mean over positions for both sides, and for the difference (ours - theirs) at each position. `rounded`: ours where our
-    logits are rounded to the dtype that transformers' come in, which is a part of its error and none of ours; None where they
-    come in it. None where a side's values cannot be had."""
+    logits are rounded to the dtype that transformers' come in, which is a part of its error and none of ours; None where that
+    changes nothing. None where a side's values cannot be had."""
 
     ours: Estimate | None
     transformers: Estimate | None
@@ -188,6 +188,8 @@ def _report(
 ) -> QualityReport:
     if len(ours.get("hidden_mae", ())) < positions:
         ours.pop("hidden_mae", None)
+    if rounded.get("logits_mae") == ours["logits_mae"]:
+        rounded = {}
     rounded_max = rounded.pop("logits_max", None)
     largest = Largest(
         max(ours.pop("logits_max")), max(theirs.pop("logits_max")), None if rounded_max is None else max(rounded_max)

@@ -50,6 +50,7 @@ class LayerReport:
     origin: Origin
     read: ReadSpeeds
     contexts: tuple[ContextTimes, ...]
+    interrupted: bool = False
 
     def floor_ms(self, context: int) -> float:
         """Milliseconds that no step after `context` tokens can beat."""
@@ -82,6 +83,8 @@ def to_json(report: LayerReport) -> dict[str, Any]:
             "head_dim": config.head_dim,
             "parallel_residual": config.parallel_residual,
         },
+        "asked_contexts": list(report.options.contexts),
+        "interrupted": report.interrupted,
         "bytes": {"layer_weights": layer_weight_bytes(config), "weights": weight_bytes(config)},
         "read_ceiling": report.read.to_json(),
         "contexts": [_context_json(report, times) for times in report.contexts],

@@ -144,9 +144,18 @@ def encode(engine: Engine, text: str, option: str = "--text") -> list[int]:
     """The text's token ids. Raises ArgumentError naming `option` where the model has no tokenizer."""
     if engine.tokenizer is None:
         raise ArgumentError(
-            f"{option} needs a tokenizer, and {engine.name} has none; put its tokenizer.json beside the weights"
+            f"{option} needs a tokenizer: {no_tokenizer(engine)}; put its tokenizer.json beside the weights"
         )
     return engine.encode(text)
+
+
+def no_tokenizer(engine: Engine) -> str:
+    """Why `engine`, which has none, has no tokenizer."""
+    try:
+        engine.encode("a")
+    except ArgumentError as error:
+        return str(error).rpartition(";")[0]  # what follows is a way out, by token ids
+    raise ClusterFusionError(f"{engine.name} has a tokenizer")
 
 
 def text_bytes(engine: Engine, ids: Sequence[int]) -> int:

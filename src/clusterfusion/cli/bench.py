@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from clusterfusion.cli.output import (
     EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
+    Outputs,
     RandomWeights,
     check_apart,
     check_writable,
@@ -81,8 +83,14 @@ def layer(
         progress.share(len(report.contexts) / len(options.contexts))
 
     with ProgressBar() as progress:
-        report = measure_layers(options, progress, command_line(), write)
+        outputs = Outputs(progress)
+        report = measure_layers(options, progress, command_line(), lambda report: outputs.write(partial(write, report)))
+        if report.interrupted:
+            outputs.write(partial(write, report))
     _print(report)
+    outputs.check()
+    if report.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @bench.command()
@@ -103,7 +111,7 @@ def prefill(
     GPU: the reference mode on a short prompt."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
-    check_apart(json_file, markdown)
+    check_apart({"--json": json_file, "--markdown": markdown})
     from clusterfusion.bench import prefill as made
     from clusterfusion.bench.decode.options import check_source, has_gpu, load_model
 
@@ -126,10 +134,14 @@ def prefill(
         if markdown is not None:
             write_whole(markdown, made.markdown(report))
 
-    report = made.measure_prefill(engine, options, progress, command, write)
+    outputs = Outputs(progress)
+    report = made.measure_prefill(
+        engine, options, progress, command, lambda report: outputs.write(partial(write, report))
+    )
     if report.interrupted:
-        write(report)
+        outputs.write(partial(write, report))
     show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
+    outputs.check()
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -150,8 +162,8 @@ def roofline(
     options = made.roofline_options(gigabytes, repeats)
     progress = progress_lines()
     report = made.measure_roofline(options, progress, command_line())
-    write_json(json_file, made.to_json(report), progress)
     show_report([made.heading(report)], [made.table(report)], [], f"{made.SCOPE}.")
+    write_json(json_file, made.to_json(report), progress)
 
 
 @bench.command()
@@ -160,7 +172,7 @@ def trace(
     random_weights: RandomWeights = None,
     context: Annotated[int | None, typer.Option(help="Tokens of the prompt; 512, or what fits, if left out.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps in a row after it, of which the last is recorded; 32 if left out.")
+        int | None, typer.Option(help="Steps in a row after it, of which the last is recorded; 31 if left out.")
     ] = None,
     ctas: Annotated[int, typer.Option(help="CTAs in the file, evenly spread; the figures are over all.")] = 16,
     out: Annotated[
@@ -190,10 +202,10 @@ def trace(
 
     progress = progress_lines()
     report = measure_trace(engine, options, progress, command_line())
+    show_report(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
     if out is not None:
         write_whole(out, file_content(report.to_chrome(), out.name))
         progress(f"written to {out}")
-    show_report(tables.heading(report), tables.tables(report.summary), [], tables.note(report))
 
 
 def _print(report: LayerReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from clusterfusion.cli.output import (
     EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
+    Outputs,
     RandomWeights,
     check_apart,
     check_folder,
@@ -47,7 +49,10 @@ ModesOption = Annotated[
         "the reason."
     ),
 ]
-PeersOption = Annotated[bool, typer.Option(help="Measure transformers on the same weights too.")]
+PeersOption = Annotated[
+    bool,
+    typer.Option(help="Measure transformers' loops on the same weights too; a text is scored by both sides anyway."),
+]
 PeerContextsOption = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +100,7 @@ def full(
     status 3 if tokens of our modes differ."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
-    check_apart(json_file, markdown)
+    check_apart({"--text": text, "--json": json_file, "--markdown": markdown})
     check_folder(plots, "--plots")
     from clusterfusion.bench import plots as drawing
     from clusterfusion.bench.full.options import text_options, text_options_for
@@ -129,17 +134,27 @@ def full(
             write_whole(markdown, full_report.markdown(report))
 
     with ProgressBar() as progress:
-        report = measure_full(engine, options, asked_text, progress, command_line(), write, progress.share)
+        outputs = Outputs(progress)
+        report = measure_full(
+            engine,
+            options,
+            asked_text,
+            progress,
+            command_line(),
+            lambda report: outputs.write(partial(write, report)),
+            progress.share,
+        )
         if report.interrupted:
-            write(report)
-        if plots is not None:
-            plots.mkdir(exist_ok=True)
-            for name, content in drawing.draw(full_report.to_json(report)).items():
-                write_whole(plots / name, content)
-                progress(f"written to {plots / name}")
+            outputs.write(partial(write, report))
     show_report(
         tables.heading(report.decode), full_report.report_tables(report), full_report.lines(report), tables.NOTE
     )
+    if plots is not None:
+        plots.mkdir(exist_ok=True)
+        for name, content in drawing.draw(full_report.to_json(report)).items():
+            write_whole(plots / name, content)
+            progress(f"written to {plots / name}")
+    outputs.check()
     _exit(report.interrupted, report.decode)
 
 
@@ -161,7 +176,7 @@ def decode(
     differ."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
-    check_apart(json_file, markdown)
+    check_apart({"--json": json_file, "--markdown": markdown})
     engine, options = _load(
         "bench decode",
         model,
@@ -186,10 +201,19 @@ def decode(
             write_whole(markdown, tables.markdown(report))
 
     with ProgressBar() as progress:
-        report = measure_decode(engine, options, progress, command_line(), write, progress.share)
+        outputs = Outputs(progress)
+        report = measure_decode(
+            engine,
+            options,
+            progress,
+            command_line(),
+            lambda report: outputs.write(partial(write, report)),
+            progress.share,
+        )
         if report.interrupted:
-            write(report)
+            outputs.write(partial(write, report))
     show_report(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
+    outputs.check()
     _exit(report.interrupted, report)
 
 

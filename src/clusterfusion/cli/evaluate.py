@@ -15,6 +15,7 @@ from clusterfusion.cli.output import (
     JsonOption,
     ModelArgument,
     RandomWeights,
+    check_apart,
     check_writable,
     command_line,
     progress_lines,
@@ -62,8 +63,8 @@ def verify(
     sides = load_sides(model, random_weights=random_weights, mode=first_mode, dtype=dtype, device=device)
     report = run(sides, progress, modes=modes, prompts=prompts, tokens=tokens, runs=runs, command=command)
     table = verify_report.table(report) if report.divergences else None
-    write_json(json_file, verify_report.to_json(report), progress)
     show(report.facts, table, verify_report.lines(report), f"Rule. {report.rule}" if report.divergences else "")
+    write_json(json_file, verify_report.to_json(report), progress)
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
     if not report.passed:
@@ -83,6 +84,7 @@ def quality(
     """How far are the logits from float64? Ours and transformers', at every token of a text: agreement, errors and KL
     divergence, with intervals."""
     check_writable(json_file)
+    check_apart({"--text": text, "--json": json_file})
     from clusterfusion.bench import quality_report
     from clusterfusion.bench.evaluation import load_sides
     from clusterfusion.bench.quality import quality as run
@@ -95,8 +97,8 @@ def quality(
     sides = load_sides(model, random_weights=random_weights, mode=mode, dtype=dtype, device=device)
     random_text = random_weights is not None
     report = run(sides, progress, text_file=text, tokens=tokens, random_text=random_text, command=command)
-    write_json(json_file, quality_report.to_json(report), progress)
     show(report.facts, quality_report.table(report), quality_report.lines(report), quality_report.NOTE)
+    write_json(json_file, quality_report.to_json(report), progress)
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -123,6 +125,7 @@ def perplexity(
 ) -> None:
     """What does a text cost? Sliding-window perplexity through decoding, through prefill and through transformers."""
     check_writable(json_file)
+    check_apart({"--text": text, "--json": json_file})
     from clusterfusion.bench import perplexity_report
     from clusterfusion.bench.evaluation import load_sides
     from clusterfusion.bench.perplexity import check_source
@@ -146,8 +149,8 @@ def perplexity(
         max_tokens=max_tokens,
         command=command,
     )
-    write_json(json_file, perplexity_report.to_json(report), progress)
     show(report.facts, perplexity_report.table(report), perplexity_report.lines(report), "")
+    write_json(json_file, perplexity_report.to_json(report), progress)
     if report.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_DIFFERENT = 3  # measured, and found different where it must not be: neither an error (1) nor a usage error (2)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-_WIDTH = 120  # the table whole, whatever the terminal
+_WIDTH = 150  # the table whole, whatever the terminal
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or 'demo'.")
@@ -57,11 +58,12 @@ def check_writable(file: Path | None, option: str = "--json") -> None:
         ) from error
 
 
-def check_apart(json_file: Path | None, markdown: Path | None) -> None:
-    """That --json and --markdown are not one file. Raises ArgumentError."""
-    if json_file is None or markdown is None or json_file.resolve() != markdown.resolve() or _is_special(markdown):
-        return
-    raise ArgumentError(f"--markdown is {str(markdown)!r}, which --json is too; each needs a file of its own")
+def check_apart(files: Mapping[str, Path | None]) -> None:
+    """That no two options name one file, be it written or read. Raises ArgumentError naming the later one."""
+    named = [(option, file) for option, file in files.items() if file is not None and not _is_special(file)]
+    for (first, file), (option, other) in itertools.combinations(named, 2):
+        if file.resolve() == other.resolve():
+            raise ArgumentError(f"{option} is {str(other)!r}, which {first} is too; each needs a file of its own")
 
 
 def check_folder(folder: Path | None, option: str) -> None:
@@ -102,6 +104,28 @@ def command_line() -> str:
     return shlex.join(["clusterfusion", *kept])
 
 
+class Outputs:
+    """Files written while a measurement goes on. One that cannot be written ends nothing: `check` raises its error when the report is on
+    the screen, unless a later try has succeeded."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self._error: ArgumentError | None = None
+
+    def write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._error = None
+        except ArgumentError as error:
+            self._error = error
+            self._progress(str(error))
+
+    def check(self) -> None:
+        """Raise ArgumentError for what is not written."""
+        if self._error is not None:
+            raise self._error
+
+
 def write_json(file: Path | None, report: dict[str, Any], progress: Callable[[str], None], note: str = "") -> None:
     """Write `report` to `file`, if there is one, and say so."""
     if file is not None:
@@ -128,7 +152,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ArgumentError(f"{str(file)!r} cannot be written ({why}); what was measured is not there") from error
+        raise ArgumentError(f"{str(file)!r} cannot be written ({why}); what was measured is not in it") from error
 
 
 def _write_to_special(file: Path, data: bytes) -> None:

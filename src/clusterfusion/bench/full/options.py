@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from clusterfusion.bench.texts import DEFAULT_DATASET, encode, has_datasets, read_text
+from clusterfusion.bench.texts import DEFAULT_DATASET, encode, has_datasets, no_tokenizer, read_text
 from clusterfusion.engine import Engine
 from clusterfusion.engine.loading import DEMO
 from clusterfusion.errors import ArgumentError
@@ -44,7 +44,7 @@ def text_options_for(engine: Engine, options: TextOptions) -> TextOptions:
         encode(engine, "a")
         return options
     if engine.tokenizer is None:
-        return TextOptions(None, f"{engine.name} has no tokenizer")
+        return TextOptions(None, no_tokenizer(engine))
     if engine.name != DEMO and not has_datasets():
         return TextOptions(
             None,
