@@ -92,7 +92,7 @@ def readme_block(results: Sequence[ResultFile]) -> str:
     missing = " Whole decoding is not on record yet." if layers else ""
     said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
     said.append(
-        f"{what} after {context} tokens, batch 1. A full bar would be as fast as the GPU reads the step's weights, keys and "
+        f"{what} after {context} tokens{' of models with random weights' * all(file.random_weights for file in files)}, batch 1. A full bar would be as fast as the GPU reads the step's weights, keys and "
         f"values, which nothing that reads them can beat.{missing} The times belong to the sources of these digests, which may be "
         "older than this commit:"
     )

@@ -31,7 +31,8 @@ FORMAT = 1  # of the JSON; grows when a field changes its meaning or goes away
 DEFAULT_PROMPTS = (16, 128, 512, 1024, 2048)
 CPU_PROMPTS = (16,)  # enough to see that it runs
 DEFAULT_RUNS = 20
-WARM_RUNS = 2  # of each loop at each length: libraries set up, memory allocated
+# Of each loop at each length, before it is timed: libraries are set up, memory is allocated, and the clocks of host and GPU have risen.
+WARM_RUNS, WARM_S = 2, 0.5
 PEER = "transformers"
 SCOPE = (
     "wall time from a prompt's token ids on the host to the first token on the host, greedy, batch 1, an empty cache; "
@@ -171,15 +172,21 @@ def measure_prefill(
 def _measure_prompt(engine: Engine, loops: Mapping[str, FirstToken], prompt: int, runs: int) -> PromptTimes:
     ids = random_tokens(engine.config.vocab_size, prompt, seed=prompt)
     first: dict[str, int] = {}
+    warm_s = WARM_S if engine.device.type == "cuda" else 0.0
 
     def sample(candidate: Candidate, count: int) -> list[float]:
-        taken = []
-        loop = loops[candidate.name]
-        for _ in range(count if candidate.name in first else WARM_RUNS + count):
+        taken: list[float] = []
+        loop, begun_s = loops[candidate.name], time.perf_counter()
+        warm, untimed = candidate.name in first, 0
+        while len(taken) < count:
             began_s = time.perf_counter()
             first[candidate.name] = loop(ids)  # known on the host, so all that was launched for it has run
-            taken.append((time.perf_counter() - began_s) * 1e3)
-        return taken[-count:]
+            ended_s = time.perf_counter()
+            if warm:
+                taken.append((ended_s - began_s) * 1e3)
+            untimed += not warm
+            warm = warm or (untimed >= WARM_RUNS and ended_s - begun_s >= warm_s)
+        return taken
 
     candidates = [Candidate(name, _nothing, _nothing, runs, may_fail=name == PEER) for name in loops]
     return PromptTimes(prompt, round_robin(candidates, sample, rounds=runs), first)
