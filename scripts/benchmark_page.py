@@ -66,7 +66,8 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
 
 def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
     """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at a context that all have: where most of them have peers, and nearest to 1024 among those. None without results."""
+    three models, at a context that all have: where most of them have peers, and nearest to 1024 among those. None without
+    results."""
     for kind in TIMED:
         first: dict[str, ResultFile] = {}
         for file in of_kind(results, kind):

@@ -28,7 +28,7 @@ ARCHITECTURE, DTYPE = "sm_90a", "float16"
 
 
 def machine_code(cubin: bytes) -> Iterator[bytes]:
-    """What the kernels' sections hold, of an ELF file of 64 bits: all else in it may differ from one compilation to the next."""
+    """What the kernels' sections of an ELF file of 64 bits hold. All else in it may differ between two compilations."""
     (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
     sections = [struct.unpack_from("<2I4Q", cubin, table + index * size) for index in range(count)]
     for name, _, _, _, offset, length in sections:

@@ -35,8 +35,8 @@ def whole_step_weight_bytes(config: DecoderConfig, element_bytes: int = ELEMENT_
 
 
 def mean_cached_tokens(context: int, new_tokens: int) -> float:
-    """Cached tokens that a step meets on average while `new_tokens` are decoded after `context`: the first of them comes of the prompt, and
-    the steps after it meet `context` tokens, and one more each."""
+    """Cached tokens that a step meets on average while `new_tokens` are decoded after `context`. The first token comes of
+    the prompt; the steps after it meet `context` tokens, and one more each."""
     return context + (new_tokens - 2) / 2
 
 

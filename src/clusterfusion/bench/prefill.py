@@ -31,7 +31,7 @@ FORMAT = 1  # of the JSON; grows when a field changes its meaning or goes away
 DEFAULT_PROMPTS = (16, 128, 512, 1024, 2048)
 CPU_PROMPTS = (16,)  # enough to see that it runs
 DEFAULT_RUNS = 20
-# Of each loop at each length, before it is timed: libraries are set up, memory is allocated, and the clocks of host and GPU have risen.
+# Of each loop at each length, before it is timed: libraries are set up, memory is allocated, clocks have risen.
 WARM_RUNS, WARM_S = 2, 0.5
 PEER = "transformers"
 SCOPE = (

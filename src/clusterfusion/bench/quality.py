@@ -37,9 +37,11 @@ Columns = dict[str, list[float]]  # a measure's value at each position, by the m
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A measure's mean over positions for both sides, and for the difference (ours - theirs) at each position. `rounded`: ours where our
-    logits are rounded to the dtype that transformers' come in, which is a part of its error and none of ours; None where that
-    changes nothing. None where a side's values cannot be had."""
+    """A measure's mean over positions for both sides, and for the difference (ours - theirs) at each position. None where a
+    side's values cannot be had.
+
+    `rounded`: of our logits as rounded to the dtype that transformers gives its own in, since that rounding is a part of its
+    error. None where it changes nothing."""
 
     ours: Estimate | None
     transformers: Estimate | None

@@ -26,8 +26,8 @@ NOTE = (
 )
 ROUNDED = "ours, rounded"
 ROUNDED_NOTE = (
-    "transformers gives logits in its dtype, and that rounding is in its figures; our kernels give float32. 'ours, rounded' is with ours "
-    "rounded to the same dtype."
+    "transformers gives logits in its dtype, and that rounding is in its figures; our kernels give float32. 'ours, rounded' is "
+    "with ours rounded to the same dtype."
 )
 
 

@@ -70,7 +70,8 @@ def held_out_text() -> str:
 
 
 def whole(stream: BinaryIO, source: str) -> bytes:
-    """All that a stream holds. Raises ArgumentError, which begins with `source`, where that is more than a text: a device never ends."""
+    """All that a stream holds. Raises ArgumentError, which begins with `source`, where that is more than any text is, as a
+    device that never ends."""
     data = stream.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ArgumentError(f"{source} holds more than {MOST_BYTES / 2**20:g} MiB; it must hold no more")

@@ -220,12 +220,12 @@ def _verify_prompt(sides: Sides, prompt: Prompt, tokens: int, sessions: dict[tup
 
 
 def _require_finite(logits: Tensor, mode: str, prompt: Prompt) -> None:
-    """The largest of logits that are not finite means nothing, be it the same token everywhere. Raises ClusterFusionError."""
+    """Raise ClusterFusionError if they are not: then the largest of them means nothing, be it the same token everywhere."""
     step = first_not_finite(logits)
     if step is not None:
         raise ClusterFusionError(
-            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {step}: its activations overflow "
-            "the dtype; load it with dtype='bfloat16' or 'float32'"
+            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {step}: its activations "
+            "overflow the dtype; load it with dtype='bfloat16' or 'float32'"
         )
 
 

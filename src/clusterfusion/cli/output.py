@@ -105,8 +105,8 @@ def command_line() -> str:
 
 
 class Outputs:
-    """Files written while a measurement goes on. One that cannot be written ends nothing: `check` raises its error when the report is on
-    the screen, unless a later try has succeeded."""
+    """Files written while a measurement goes on. One that cannot be written ends nothing: `check` raises its error when the
+    report is on the screen, unless a later try has succeeded."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
