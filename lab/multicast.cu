@@ -3,36 +3,24 @@
 // ways: four warps load it and store it to shared memory; one lane has it copied in bulk; the two CTAs have half of it copied in bulk
 // each, to both (multicast), when both have told that they are done with the vector before.
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o multicast multicast.cu && ./multicast
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
-#define CHECK(call) do { cudaError_t e = (call); if (e != cudaSuccess) { printf("%d: %s\n", __LINE__, cudaGetErrorString(e)); exit(1); } } while (0)
+#include "stream.cuh"
 
 constexpr int kWarps = 8, kReaders = 4, kStage = 8192, kStages = 16, kVectors = 8, kMostShared = 65536;
 constexpr int kThreads = (kWarps + 1 + kReaders) * 32;
 enum Way { kLoads, kBulk, kMulticast };
 const char* const kWays[] = {"loads", "bulk copy", "multicast"};
 
-__device__ uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ void init(uint64_t* b, int arrivals) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(b)), "r"(arrivals)); }
-__device__ void expect(uint64_t* b, uint32_t n) { asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(b)), "r"(n) : "memory"); }
-__device__ void arrive(uint64_t* b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
 __device__ void arrive_at(uint64_t* b, int rank) {  // of the CTA of that rank in the cluster
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(address(b)), "r"(rank) : "memory");
 }
-__device__ void wait(uint64_t* b, uint32_t parity) {
+__device__ void wait_in_cluster(uint64_t* b, uint32_t parity) {
   uint32_t met;
   do {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(met) : "r"(address(b)), "r"(parity) : "memory");
   } while (!met);
-}
-__device__ void copy(void* to, const void* from, uint32_t n, uint64_t* b, uint64_t policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(address(to)), "l"(from), "r"(n), "r"(address(b)), "l"(policy) : "memory");
 }
 __device__ void copy_to_both(void* to, const void* from, uint32_t n, uint64_t* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(address(to)), "l"(from), "r"(n), "r"(address(b)), "h"(static_cast<uint16_t>(3)) : "memory");
@@ -56,8 +44,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   __shared__ volatile long progress;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; s++) init(&full[s], 1), init(&empty[s], 1);
-    init(&fetched, 1), init(&both_done, 2);
+    for (int s = 0; s < kStages; s++) init(&full[s]), init(&empty[s]);
+    init(&fetched), init(&both_done, 2);
     progress = 0;
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -65,36 +53,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   const long first = all * blockIdx.x / gridDim.x, count = all * (blockIdx.x + 1) / gridDim.x - first;
   unsigned word = 0;
   if (warp == kWarps) {
-    if (lane == 0) {
-      int stage = 0, parity = 1, landing = 0, landing_parity = 0;
-      const char* from = data + first * kStage;
-      for (long i = 0; i < count; i++, from += kStage) {
-        wait(&empty[stage], parity);
-        if (i >= window) {
-          wait(&full[landing], landing_parity);
-          if (++landing == kStages) landing = 0, landing_parity ^= 1;
-        }
-        expect(&full[stage], kStage);
-        copy(memory + stage * kStage, from, kStage, &full[stage], 0x12F0000000000000ull);
-        if (++stage == kStages) stage = 0, parity ^= 1;
-      }
-    }
+    if (lane == 0) produce<kStage, kStages>(memory, full, empty, data + first * kStage, count, window);
   } else if (warp < kWarps) {
-    int stage = warp, parity = 0;
-    for (long i = warp; i < count; i += kWarps) {
-      wait(&full[stage], parity);
-      const uint4* v = reinterpret_cast<const uint4*>(memory + stage * kStage);
-#pragma unroll 4
-      for (int j = lane; j < kStage / 16; j += 32) word ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
-      __syncwarp();
-      if (lane == 0) {
-        arrive(&empty[stage]);
-        if (warp == 0) progress = i;
-      }
-      stage += kWarps;
-      if (stage >= kStages) stage -= kStages, parity ^= 1;
-    }
-    if (warp == 0 && lane == 0) progress = count;
+    word = fold<kStage, kStages, kWarps>(memory, full, empty, count, warp, lane, progress);
   } else {
     const int thread = threadIdx.x - (kWarps + 1) * 32;
     const uint32_t rank = rank_in_cluster();
@@ -121,17 +82,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       } else if (kWay == kBulk) {
         if (thread == 0) {
           expect(&fetched, shared);
-          copy(vector, from, shared, &fetched, 0x14F0000000000000ull);
+          copy(vector, from, shared, &fetched, kEvictLast);
         }
-        wait(&fetched, turn & 1);
+        wait_in_cluster(&fetched, turn & 1);
       } else {
         if (thread == 0) {
           expect(&fetched, shared);  // ahead of telling: what arrives is expected
           arrive_at(&both_done, 0), arrive_at(&both_done, 1);
-          wait(&both_done, turn & 1);
+          wait_in_cluster(&both_done, turn & 1);
           copy_to_both(vector + rank * (shared / 2), from + rank * (shared / 2), shared / 2, &fetched);
         }
-        wait(&fetched, turn & 1);
+        wait_in_cluster(&fetched, turn & 1);
       }
       if (thread == 0) waited += clock64() - begin;
       for (int at = thread; at < shared / 16; at += kReaders * 32) {
@@ -146,14 +107,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   }
   if (word == 0x12345) out[0] = word;  // never, but the compiler does not know
   cluster_sync();  // nobody leaves while the other one may still write to it
-}
-
-__global__ void fill(uint4* to, size_t count) {
-  for (size_t i = blockIdx.x * 256ull + threadIdx.x; i < count; i += 2048 * 256ull) {
-    uint32_t s = static_cast<uint32_t>(i * 2654435761u);
-    s ^= s >> 15, s *= 0x846ca68b, s ^= s >> 13;
-    to[i] = make_uint4(s, s * 747796405u, s ^ 0x9e3779b9, s * 2891336453u);
-  }
 }
 
 double median(std::vector<double> values) {

@@ -91,10 +91,11 @@ def readme_block(results: Sequence[ResultFile]) -> str:
     layers = files[0].kind == "layer"
     what = "One step of the decoder layers alone" if layers else "Time per output token of whole generate loops"
     missing = " Whole decoding is not on record yet." if layers else ""
+    weights = " of models with random weights" if all(file.random_weights for file in files) else ""
     said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
     said.append(
-        f"{what} after {context} tokens{' of models with random weights' * all(file.random_weights for file in files)}, batch 1. A full bar would be as fast as the GPU reads the step's weights, keys and "
-        f"values, which nothing that reads them can beat.{missing} The times belong to the sources of these digests, which may be "
+        f"{what} after {context} tokens{weights}, batch 1. A full bar would be as fast as the GPU reads the step's weights, "
+        f"keys and values, which nothing that reads them can beat.{missing} The times belong to the sources of these digests, which may be "
         "older than this commit:"
     )
     said.append("")
@@ -169,11 +170,17 @@ def _decoding(file: ResultFile) -> str:
         parts.append(f"No perplexity: {data['no_perplexity']}.\n")
     missing = [f"mode {name}: {why}" for name, why in data["left_out"].items()] + list(data["missing"])
     missing += _errors(data["contexts"], "context", "peers")
-    parts.append(_not_in_it(file, missing).lstrip())
+    parts.append(_not_in_it(file, missing))
     differences = [said for point in data["contexts"] for said in point["differences"]]
     if differences:
         parts.append("**Tokens differ that must not:** " + "; ".join(differences) + ".\n")
     return "\n".join(part for part in parts if part)
+
+
+def _not_in_it(file: ResultFile, missing: Sequence[str] = ()) -> str:
+    """What a result lacks, as a paragraph; nothing for one that is whole."""
+    missing = [*missing, *["the run was interrupted"] * bool(file.data.get("interrupted"))]
+    return f"Not in it: {'; '.join(missing)}.\n" if missing else ""
 
 
 def _errors(points: Sequence[dict[str, Any]], at: str, loops: str) -> list[str]:
@@ -188,17 +195,8 @@ def _errors(points: Sequence[dict[str, Any]], at: str, loops: str) -> list[str]:
 
 def _clocks(file: ResultFile) -> str:
     """The SMs' clock beside each time, where it was looked at."""
-    points = file.data["contexts"]
-    loops = {
-        name: [{**point["peers"], **point["modes"]}.get(name) or {} for point in points] for name in file.times.names
-    }
-    seen = {name: [loop.get("clocks") for loop in each] for name, each in loops.items()}
-    if not any(clocks for each in seen.values() for clocks in each):
-        return ""
-    cells = [[name, *(f"{c['sm_mhz']:.0f}" if c else "–" for c in each)] for name, each in seen.items()]
-    return "The SMs' clock in these runs, MHz, medians:\n\n" + _table(
-        ["context", *(str(p["context"]) for p in points)], cells
-    )
+    made = _by_context(file, "clocks", lambda clocks: f"{clocks['sm_mhz']:.0f}")
+    return made and f"The SMs' clock in these runs, MHz, medians:\n\n{made}"
 
 
 def _layers(file: ResultFile) -> str:
@@ -211,7 +209,7 @@ def _layers(file: ResultFile) -> str:
         "Milliseconds a step of all layers (x floor):\n",
         _times_table(file.times),
         _ablation(file.times),
-        _not_in_it(file, _errors(file.data["contexts"], "context", "peers")).lstrip(),
+        _not_in_it(file, _errors(file.data["contexts"], "context", "peers")),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -232,7 +230,7 @@ def _prompts(file: ResultFile) -> str:
         _origin(file),
         f"Milliseconds to the first token (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
         _table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
-        _not_in_it(file, _errors(prompts, "prompt", "loops")).lstrip(),
+        _not_in_it(file, _errors(prompts, "prompt", "loops")),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -288,56 +286,58 @@ def _over(before: float | None, after: float | None) -> str:
 
 
 def _first_tokens(file: ResultFile) -> str:
-    points = [{**point["peers"], **point["modes"]} for point in file.data["contexts"]]
-
     def cell(loops: dict[str, Any], name: str) -> str:
         ms, eager = (loops.get(key, {}).get("first_token_ms") for key in (name, EAGER))
         if ms is None:
             return "–"
         return f"{ms:.1f}" + (f" ({ms / eager:.2f})" if eager and name != EAGER else "")
 
-    rows = [[name, *(cell(loops, name) for loops in points)] for name in file.times.names]
+    rows = [[name, *(cell(loops, name) for loops in _loops(file))] for name in file.times.names]
     return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
 
 
 def _runs(file: ResultFile) -> str:
     """How many, and of whom fewer."""
-    asked, fewer = file.data["runs"], {}
-    for point in file.data["contexts"]:
-        for name, loop in {**point["peers"], **point["modes"]}.items():
+    asked = file.data["runs"]
+    fewer = {}
+    for loops in _loops(file):
+        for name, loop in loops.items():
             if 0 < loop.get("samples", 0) < asked:
                 fewer[name] = loop["samples"]
-    said = "".join(f"; {name}, {count}" for name, count in fewer.items())
-    return f"{asked} runs{said and f' ({said[2:]})'}"
+    said = "; ".join(f"{name}, {count}" for name, count in fewer.items())
+    return f"{asked} runs" + (f" ({said})" if said else "")
 
 
 def _memory(file: ResultFile) -> str:
     made = _by_context(file, "peak_bytes", lambda size: f"{size / 1e9:.2f}")
-    head = "Peak memory in GB, weights included; our sessions have room for the longest context at each of them, transformers' caches for their own:"
-    return made and f"{head}\n\n{made}"
+    return made and (
+        "Peak memory in GB, weights included; our sessions have room for the longest context at each of them, transformers' "
+        f"caches for their own:\n\n{made}"
+    )
 
 
 def _same_tokens(file: ResultFile) -> str:
     """Of peers alone: ours must not differ, and it is said where they do."""
-    if not any(point["peers"] for point in file.data["contexts"]):
-        return ""
-    made = _by_context(file, "same_tokens", str, modes=False)
+    made = _by_context(file, "same_tokens", str, [*file.times.peers()])
     return made and (
         "Tokens of peers before the first that is not ours, after which they decode another text (rounding decides near-ties; "
         f"`clusterfusion verify` says whose rounding):\n\n{made}"
     )
 
 
-def _by_context(file: ResultFile, field: str, shown: Callable[[Any], str], modes: bool = True) -> str:
-    """A table of what each loop has in `field`, context by context; nothing where none has any."""
-    points = file.data["contexts"]
-    loops = [point["peers"] | (point["modes"] if modes else {}) for point in points]
-    cells = [
-        [name, *("–" if each.get(name, {}).get(field) is None else shown(each[name][field]) for each in loops)]
-        for name in file.times.names
-        if any(each.get(name, {}).get(field) is not None for each in loops)
-    ]
-    return _table(["context", *(str(point["context"]) for point in points)], cells) if cells else ""
+def _loops(file: ResultFile) -> list[dict[str, dict[str, Any]]]:
+    """What was measured of every loop by name, context by context."""
+    return [{**point["peers"], **point["modes"]} for point in file.data["contexts"]]
+
+
+def _by_context(file: ResultFile, field: str, shown: Callable[[Any], str], names: Sequence[str] | None = None) -> str:
+    """A table of what each loop, or those of `names`, has in `field`; nothing where none of them has any."""
+    names = file.times.names if names is None else names
+    found = {name: [loops.get(name, {}).get(field) for loops in _loops(file)] for name in names}
+    if all(value is None for values in found.values() for value in values):
+        return ""
+    cells = [[name, *("–" if value is None else shown(value) for value in values)] for name, values in found.items()]
+    return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], cells)
 
 
 def _losses(scored: dict[str, Any]) -> str:
@@ -348,10 +348,7 @@ def _losses(scored: dict[str, Any]) -> str:
         for path, loss in scored["losses"].items()
     ]
     made = _table(["path", "nats/token", "perplexity", "bits/byte"], rows)
-    cut = (
-        f", {scored['windows']} of {scored['asked_windows']} windows, interrupted" if scored.get("interrupted") else ""
-    )
-    return f"{made}\n{scored['scored_tokens']} tokens scored{cut}: {scored['source']}.\n"
+    return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.\n"
 
 
 def _roofline(file: ResultFile) -> str:
@@ -373,10 +370,11 @@ def _output(results: Sequence[ResultFile]) -> str:
     if not files:
         return f"`verify`, `quality` and `perplexity`: {NOT_MEASURED}.\n"
     kinds = {"verify": _verified, "quality": _quality, "perplexity": lambda file: _losses(file.data)}
-    return "\n".join(
-        f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n\n{_origin(file)}\n{kinds[file.kind](file)}"
-        for file in files
-    )
+    parts: list[str] = []
+    for file in files:
+        parts.append(f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n")
+        parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
+    return "\n".join(part for part in parts if part)
 
 
 def _verified(file: ResultFile) -> str:
@@ -386,14 +384,8 @@ def _verified(file: ResultFile) -> str:
     return (
         f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts give "
         f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['bit_differences']} differences in bits over "
-        f"{data['runs']} runs in each of {modes}.\n{_not_in_it(file)}"
+        f"{data['runs']} runs in each of {modes}.\n"
     )
-
-
-def _not_in_it(file: ResultFile, missing: Sequence[str] = ()) -> str:
-    """What a result lacks, as a paragraph; nothing for one that is whole."""
-    missing = [*missing, *["the run was interrupted"] * bool(file.data.get("interrupted"))]
-    return f"\nNot in it: {'; '.join(missing)}.\n" if missing else ""
 
 
 def _quality(file: ResultFile) -> str:
@@ -407,7 +399,7 @@ def _quality(file: ResultFile) -> str:
     rows = [[name, *(cell(measure[side]) for side in sides)] for name, measure in measures.items()]
     made = _table(["against float64", *(ROUNDED if side == "rounded" else side for side in sides)], rows)
     note = f" {ROUNDED_NOTE}" if "rounded" in sides else ""
-    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}\n{_not_in_it(file)}"
+    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}\n"
 
 
 def _seed(results: Sequence[ResultFile]) -> str:

@@ -42,6 +42,15 @@ def decoded(benchmark: str = "decode", **more: Any) -> dict[str, Any]:
     return to_json(report(16, 512, 1024)) | {"benchmark": benchmark} | more
 
 
+def with_peers_at(*contexts: int, name: str = "pythia-2.8b (random weights)") -> dict[str, Any]:
+    made = decoded()
+    made["model"] = {**made["model"], "name": name}
+    for each in made["contexts"]:
+        if each["context"] not in contexts:
+            each["peers"] = {}
+    return made
+
+
 def evaluated(kind: str, **more: Any) -> dict[str, Any]:
     facts = {
         "model": "owner/pythia-160m",
@@ -163,8 +172,7 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     summary = {"passed": True, "identical_prompts": 11, "prompts": 11, "divergences": {}, "bit_differences": 0}
     verified = {"summary": summary, "tokens": 8, "runs": 2, "modes": [{"name": "model"}], "interrupted": True}
     put(root, "verify.json", evaluated("verify", **verified))
-    cut = {"windows": 2, "asked_windows": 5, "interrupted": True}
-    put(root, "perplexity.json", evaluated("perplexity", **SCORED, **cut))
+    put(root, "perplexity.json", evaluated("perplexity", **SCORED, interrupted=True))
     put(root, "quality.json", evaluated("quality", measures={}, positions=9, source="words", interrupted=True))
     loops = {"model": {"median_ms": 8.0, "ratio_to_transformers": None}, "transformers": {"error": "out of memory"}}
     origin = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
@@ -175,7 +183,7 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     said = (root / PAGE).read_text()
     assert "median of 5 runs (transformers eager, 3) of 128 tokens" in said
     assert "in each of model.\n\nNot in it: the run was interrupted." in said
-    assert "99 tokens scored, 2 of 5 windows, interrupted: a text." in said
+    assert "99 tokens scored: a text.\n\nNot in it: the run was interrupted." in said
     assert "9 positions: words.\n\nNot in it: the run was interrupted." in said
     assert "Not in it: transformers at prompt 16: out of memory; the run was interrupted." in said
 
@@ -183,11 +191,7 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
 @needs_matplotlib
 @pytest.mark.parametrize(("with_peers", "drawn"), [((16, 512), 512), ((), 1024)], ids=["peers", "none"])
 def test_the_readme_shows_peers_where_there_are_any(root: Path, with_peers: tuple[int, ...], drawn: int) -> None:
-    times = decoded()
-    for each in times["contexts"]:
-        if each["context"] not in with_peers:
-            each["peers"] = {}
-    put(root, "decode_pythia-2.8b.json", times)
+    put(root, "decode_pythia-2.8b.json", with_peers_at(*with_peers))
     assert benchmark_docs.main([], root) == 0
     assert f"whole generate loops after {drawn} tokens" in (root / "README.md").read_text()
 
@@ -196,17 +200,8 @@ def test_the_readme_shows_peers_where_there_are_any(root: Path, with_peers: tupl
 def test_the_readme_shows_most_models_beside_peers(root: Path) -> None:
     """One model without peers leaves the others theirs."""
     put(root, "decode_pythia-2.8b.json", decoded())
-    others = decoded()
-    others["model"] = {**others["model"], "name": "llama-3.1-8b (random weights)"}
-    for each in others["contexts"]:
-        each["peers"] = {}
-    put(root, "decode_llama.json", others)
-    times = decoded()
-    times["model"] = {**times["model"], "name": "pythia-6.9b (random weights)"}
-    for each in times["contexts"]:
-        if each["context"] != 16:
-            each["peers"] = {}
-    put(root, "decode_pythia-6.9b.json", times)
+    put(root, "decode_llama-3.1-8b.json", with_peers_at(name="llama-3.1-8b (random weights)"))
+    put(root, "decode_pythia-6.9b.json", with_peers_at(16, name="pythia-6.9b (random weights)"))
     assert benchmark_docs.main([], root) == 0
     assert "whole generate loops after 16 tokens" in (root / "README.md").read_text()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from clusterfusion.bench import prefill as made
 from clusterfusion.bench.prefill import PEER, prefill_options
@@ -44,6 +47,26 @@ def test_bad_options_are_named_with_value_and_need(options: dict[str, Any], expe
     with pytest.raises(ArgumentError) as caught:
         prefill_options(40, on_gpu=True, **options)
     assert expected in str(caught.value)
+
+
+def test_on_a_gpu_loops_run_untimed_until_clocks_have_risen(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def loop(ids: Sequence[int]) -> int:
+        calls.append(len(ids))
+        time.sleep(0.005)
+        return 7
+
+    monkeypatch.setattr(made, "WARM_S", 0.1)
+    for device in ("cpu", "cuda"):
+        calls.clear()
+        engine = types.SimpleNamespace(config=CONFIG, device=torch.device(device))
+        began = time.perf_counter()
+        times = made._measure_prompt(cast("Engine", engine), {"ours": loop}, 3, runs=5)
+        took = time.perf_counter() - began
+        assert len(times.timings["ours"].times_ms) == 5
+        assert (len(calls) - 5 == made.WARM_RUNS) == (device == "cpu")
+        assert (took >= 0.1) or device == "cpu"
 
 
 def test_a_run_fills_the_context_and_agrees_with_transformers(engine: Engine) -> None:

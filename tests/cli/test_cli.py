@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model
 
 import clusterfusion
+from clusterfusion import cli
 
 PROMPT = "The morning was fine, and Elizabeth"
 SOURCE = Path(clusterfusion.__file__).parent.parent
@@ -147,6 +149,18 @@ def test_a_prompt_that_does_not_end() -> None:
     done = run("generate", "demo", "--file", "/dev/zero")
     assert done.returncode == 1
     assert "the prompt in --file /dev/zero holds more than 256 MiB" in one_line(done.stderr)
+
+
+def test_ctrl_c_during_imports_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "clusterfusion.cli.app", Interrupted("app"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "clusterfusion: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,14 @@ def test_each_option_has_a_file_of_its_own(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    outputs = Outputs(said.append)
     folder = tmp_path / "folder"
-    outputs.write(lambda: write_whole(folder / "a", "lost"))
+    outputs = Outputs(lambda report: write_whole(folder / "a", report), said.append)
+    outputs("lost")
     assert len(said) == 1 and "cannot be written" in said[0]
     with pytest.raises(ArgumentError, match="cannot be written .*; what was measured is not in it"):
         outputs.check()
     folder.mkdir()
-    outputs.write(lambda: write_whole(folder / "a", "there"))
+    outputs("there")
     outputs.check()
     assert (folder / "a").read_text() == "there"
 

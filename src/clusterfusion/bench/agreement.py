@@ -55,12 +55,6 @@ class Estimate:
     high: float
 
 
-def first_not_finite(logits: Tensor) -> int | None:
-    """The first of the rows of logits [T, vocab] that holds what is not finite, None if none does."""
-    bad = (~logits.isfinite()).any(-1).nonzero()
-    return int(bad[0]) if len(bad) else None
-
-
 def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The mean of `values` with the percentile bootstrap's interval (Efron 1979): positions drawn with replacement, the
     same ones for the same seed and count. Neighbouring positions of a text are not independent, which it does not see.

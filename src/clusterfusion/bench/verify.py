@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from clusterfusion.arguments import as_int
-from clusterfusion.bench.agreement import first_not_finite
 from clusterfusion.bench.divergence import (
     RULE,
     BitDifference,
@@ -221,10 +220,10 @@ def _verify_prompt(sides: Sides, prompt: Prompt, tokens: int, sessions: dict[tup
 
 def _require_finite(logits: Tensor, mode: str, prompt: Prompt) -> None:
     """Raise ClusterFusionError if they are not: then the largest of them means nothing, be it the same token everywhere."""
-    step = first_not_finite(logits)
-    if step is not None:
+    bad = (~logits.isfinite()).any(-1).nonzero()
+    if len(bad):
         raise ClusterFusionError(
-            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {step}: its activations "
+            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {int(bad[0])}: its activations "
             "overflow the dtype; load it with dtype='bfloat16' or 'float32'"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,10 +82,10 @@ def layer(
         progress.share(len(report.contexts) / len(options.contexts))
 
     with ProgressBar() as progress:
-        outputs = Outputs(progress)
-        report = measure_layers(options, progress, command_line(), lambda report: outputs.write(partial(write, report)))
+        outputs = Outputs(write, progress)
+        report = measure_layers(options, progress, command_line(), outputs)
         if report.interrupted:
-            outputs.write(partial(write, report))
+            outputs(report)
     _print(report)
     outputs.check()
     if report.interrupted:
@@ -134,12 +133,10 @@ def prefill(
         if markdown is not None:
             write_whole(markdown, made.markdown(report))
 
-    outputs = Outputs(progress)
-    report = made.measure_prefill(
-        engine, options, progress, command, lambda report: outputs.write(partial(write, report))
-    )
+    outputs = Outputs(write, progress)
+    report = made.measure_prefill(engine, options, progress, command, lambda report: outputs(report))
     if report.interrupted:
-        outputs.write(partial(write, report))
+        outputs(report)
     show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
     outputs.check()
     if report.interrupted:

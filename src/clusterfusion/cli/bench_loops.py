@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,18 +133,18 @@ def full(
             write_whole(markdown, full_report.markdown(report))
 
     with ProgressBar() as progress:
-        outputs = Outputs(progress)
+        outputs = Outputs(write, progress)
         report = measure_full(
             engine,
             options,
             asked_text,
             progress,
             command_line(),
-            lambda report: outputs.write(partial(write, report)),
+            outputs,
             progress.share,
         )
         if report.interrupted:
-            outputs.write(partial(write, report))
+            outputs(report)
     show_report(
         tables.heading(report.decode), full_report.report_tables(report), full_report.lines(report), tables.NOTE
     )
@@ -201,17 +200,17 @@ def decode(
             write_whole(markdown, tables.markdown(report))
 
     with ProgressBar() as progress:
-        outputs = Outputs(progress)
+        outputs = Outputs(write, progress)
         report = measure_decode(
             engine,
             options,
             progress,
             command_line(),
-            lambda report: outputs.write(partial(write, report)),
+            outputs,
             progress.share,
         )
         if report.interrupted:
-            outputs.write(partial(write, report))
+            outputs(report)
     show_report(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
     outputs.check()
     _exit(report.interrupted, report)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+Report = TypeVar("Report")
 EXIT_DIFFERENT = 3  # measured, and found different where it must not be: neither an error (1) nor a usage error (2)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _WIDTH = 150  # the table whole, whatever the terminal
@@ -104,17 +105,17 @@ def command_line() -> str:
     return shlex.join(["clusterfusion", *kept])
 
 
-class Outputs:
-    """Files written while a measurement goes on. One that cannot be written ends nothing: `check` raises its error when the
-    report is on the screen, unless a later try has succeeded."""
+class Outputs(Generic[Report]):
+    """Call it with a report so far to `write` it while a measurement goes on. A file that cannot be written ends nothing:
+    `check` raises its error when the report is on the screen, unless a later try has succeeded."""
 
-    def __init__(self, progress: Callable[[str], None]) -> None:
-        self._progress = progress
+    def __init__(self, write: Callable[[Report], None], progress: Callable[[str], None]) -> None:
+        self._write, self._progress = write, progress
         self._error: ArgumentError | None = None
 
-    def write(self, write: Callable[[], None]) -> None:
+    def __call__(self, report: Report) -> None:
         try:
-            write()
+            self._write(report)
             self._error = None
         except ArgumentError as error:
             self._error = error
