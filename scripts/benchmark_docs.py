@@ -1,4 +1,4 @@
-"""Draws docs/benchmarks.md, its figures and the README's plot from benchmarks/results/h200/*.json.
+"""Draws docs/benchmarks.md, its figures and the README's plot and table from benchmarks/results/h200/*.json.
 
     python3 scripts/benchmark_docs.py            # needs matplotlib, where figures are stale
     python3 scripts/benchmark_docs.py --check    # writes nothing; says what is stale and fails if anything is
@@ -22,15 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # this checkout's package, wherever another one is installed
 
 from benchmark_files import ResultFile, of_kind, read_results  # noqa: E402
-from benchmark_page import (  # noqa: E402
-    FIGURES,
-    OVERVIEW,
-    PAGE,
-    figure_name,
-    overview_choice,
-    page,
-    readme_block,
-)
+from benchmark_page import FIGURES, PAGE, figure_name, page  # noqa: E402
+from benchmark_readme import OVERVIEW, overview_choice, readme_block  # noqa: E402
 
 from clusterfusion.bench import plots  # noqa: E402
 from clusterfusion.bench.results import TIMED  # noqa: E402
@@ -124,7 +117,9 @@ def write(root: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The exit status: 0 done or nothing stale, 1 stale or impossible."""
-    parser = argparse.ArgumentParser(description="Draw docs/benchmarks.md and the README's plot from the result files.")
+    parser = argparse.ArgumentParser(
+        description="Draw docs/benchmarks.md and the README's plot and table from the result files."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if anything is stale")
     check = parser.parse_args(arguments).check
     try:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the README's plot in words: every number from a result file, and what no file holds said so."""
+"""docs/benchmarks.md in words: every number from a result file, and what no file holds said so."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from clusterfusion.bench.results import TIMED, Point, Times
 
 PAGE = Path("docs/benchmarks.md")
 FIGURES = RESULTS / "figures"
-OVERVIEW = FIGURES / "overview.svg"
 NOT_MEASURED = "not measured yet"
 EVALUATED = ("verify", "quality", "perplexity")
 ABLATION = ("split", "fused", "graph", "model")
-OVERVIEW_CONTEXT = 1024
-OVERVIEW_MODELS = ("pythia-2.8b", "pythia-6.9b", "llama-3.1-8b")
 COMPILED = "transformers compile"
 EAGER = "transformers eager"
 EAGERS_SHARE = f" (share of {EAGER}'s)"
@@ -64,50 +61,6 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
-def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
-    """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at a context that all have: where most of them have peers, and nearest to 1024 among those. None without
-    results."""
-    for kind in TIMED:
-        first: dict[str, ResultFile] = {}
-        for file in of_kind(results, kind):
-            if any(point.floor_ms for point in file.times.points):
-                first.setdefault(file.model, file)
-        wanted = [model for model in OVERVIEW_MODELS if model in first]
-        chosen = [first[model] for model in (wanted or list(first)[:3])]
-        contexts = [{point.context: point for point in file.times.points if point.floor_ms} for file in chosen]
-        if common := set.intersection(*map(set, contexts)) if contexts else set():
-            peers = {context: sum(bool(points[context].peers) for points in contexts) for context in common}
-            return chosen, min(common, key=lambda context: (-peers[context], abs(context - OVERVIEW_CONTEXT), context))
-    return None
-
-
-def readme_block(results: Sequence[ResultFile]) -> str:
-    """The plot and what it stands on."""
-    choice = overview_choice(results)
-    if choice is None:
-        return f"Speed is {NOT_MEASURED}: there is no result in [{RESULTS}]({RESULTS}).\n"
-    files, context = choice
-    layers = files[0].kind == "layer"
-    what = "One step of the decoder layers alone" if layers else "Time per output token of whole generate loops"
-    missing = " Whole decoding is not on record yet." if layers else ""
-    weights = " of models with random weights" if all(file.random_weights for file in files) else ""
-    said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
-    said.append(
-        f"{what} after {context} tokens{weights}, batch 1. A full bar would be as fast as the GPU reads the step's weights, "
-        f"keys and values, which nothing that reads them can beat.{missing} The times belong to the sources of these digests, which may be "
-        "older than this commit:"
-    )
-    said.append("")
-    for file in files:
-        said.append(
-            f"- [{file.path.name}]({file.path}): {_device(file)}, sources `{file.origin['source_digest'][:16]}…`, "
-            f"`{file.origin['command']}`"
-        )
-    said += ["", f"Method, all results and what they do not show: [{PAGE}]({PAGE})."]
-    return "\n".join(said) + "\n"
-
-
 def figure_name(file: ResultFile, plot: str) -> Path:
     return FIGURES / f"{file.path.stem}_{plot}.svg"
 
@@ -129,19 +82,19 @@ def _matrix(results: Sequence[ResultFile]) -> str:
         ]
         rows.append([model, *(cell or NOT_MEASURED for cell in cells)])
     heads = ["model", *(kind if kind in EVALUATED else f"bench {kind}" for kind in kinds)]
-    return _table(heads, rows, text_columns=len(heads))
+    return table(heads, rows, text_columns=len(heads))
 
 
 def _origin(file: ResultFile) -> str:
     origin, versions = file.origin, file.origin["versions"]
     said = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if versions.get(name))
     return (
-        f"[{file.path.name}]({_link(file.path)}), {origin['date'][:10]}, {_device(file)}; {said}  \n"
+        f"[{file.path.name}]({_link(file.path)}), {origin['date'][:10]}, {device_of(file)}; {said}  \n"
         f"sources `{origin['source_digest']}`  \n`{origin['command']}`\n"
     )
 
 
-def _device(file: ResultFile) -> str:
+def device_of(file: ResultFile) -> str:
     device = file.origin["device"]
     driver = device.get("driver")
     return f"{device['name']}" + (f" (driver {driver})" if driver else "")
@@ -229,7 +182,7 @@ def _prompts(file: ResultFile) -> str:
         f"### {file.model}, {file.data['model']['dtype']}{', random weights' * file.random_weights}: `bench prefill`\n",
         _origin(file),
         f"Milliseconds to the first token (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
-        _table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
+        table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
         _not_in_it(file, _errors(prompts, "prompt", "loops")),
     ]
     return "\n".join(part for part in parts if part)
@@ -251,7 +204,7 @@ def _times_table(times: Times) -> str:
     rows = [["floor", *("" if point.floor_ms is None else f"{point.floor_ms:.3f}" for point in times.points)]]
     for name in times.names:
         rows.append([name, *(_ms(point, name) for point in times.points)])
-    return _table(["context", *(str(point.context) for point in times.points)], rows)
+    return table(["context", *(str(point.context) for point in times.points)], rows)
 
 
 def _ms(point: Point, name: str) -> str:
@@ -267,21 +220,21 @@ def _ablation(times: Times) -> str:
     pairs = [*itertools.pairwise(forms)]
     rows = []
     for before, after in pairs:
-        gains = [_over(point.ours.get(before), point.ours.get(after)) for point in times.points]
+        gains = [times_as_fast(point.ours.get(before), point.ours.get(after)) for point in times.points]
         rows.append([f"{before} → {after}", *gains])
     if len(pairs) > 1:
-        gains = [_over(point.ours.get(forms[0]), point.ours.get(forms[-1])) for point in times.points]
+        gains = [times_as_fast(point.ours.get(forms[0]), point.ours.get(forms[-1])) for point in times.points]
         rows.append([f"{forms[0]} → {forms[-1]}", *gains])
     if forms and COMPILED in times.names:
-        gains = [_over(point.peers.get(COMPILED), point.ours.get(forms[-1])) for point in times.points]
+        gains = [times_as_fast(point.peers.get(COMPILED), point.ours.get(forms[-1])) for point in times.points]
         rows.append([f"{COMPILED} → {forms[-1]}", *gains])
     if not rows:
         return ""
     head = ["context", *(str(point.context) for point in times.points)]
-    return "Times as fast, step by step:\n\n" + _table(head, rows)
+    return "Times as fast, step by step:\n\n" + table(head, rows)
 
 
-def _over(before: float | None, after: float | None) -> str:
+def times_as_fast(before: float | None, after: float | None) -> str:
     return "–" if before is None or after is None else f"{before / after:.3f}x"
 
 
@@ -293,7 +246,7 @@ def _first_tokens(file: ResultFile) -> str:
         return f"{ms:.1f}" + (f" ({ms / eager:.2f})" if eager and name != EAGER else "")
 
     rows = [[name, *(cell(loops, name) for loops in _loops(file))] for name in file.times.names]
-    return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
+    return table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
 
 
 def _runs(file: ResultFile) -> str:
@@ -337,7 +290,7 @@ def _by_context(file: ResultFile, field: str, shown: Callable[[Any], str], names
     if all(value is None for values in found.values() for value in values):
         return ""
     cells = [[name, *("–" if value is None else shown(value) for value in values)] for name, values in found.items()]
-    return _table(["context", *(str(point["context"]) for point in file.data["contexts"])], cells)
+    return table(["context", *(str(point["context"]) for point in file.data["contexts"])], cells)
 
 
 def _losses(scored: dict[str, Any]) -> str:
@@ -347,7 +300,7 @@ def _losses(scored: dict[str, Any]) -> str:
         [names[path], f"{loss['nats_per_token']:.6f}", f"{loss['perplexity']:.5f}", f"{loss['bits_per_byte']:.5f}"]
         for path, loss in scored["losses"].items()
     ]
-    made = _table(["path", "nats/token", "perplexity", "bits/byte"], rows)
+    made = table(["path", "nats/token", "perplexity", "bits/byte"], rows)
     return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.\n"
 
 
@@ -357,7 +310,7 @@ def _roofline(file: ResultFile) -> str:
         for read in file.data["reads"]
         for name, variant in read["variants"].items()
     ]
-    return _origin(file) + "\n" + _table(["GB", "read by", "ms", "TB/s"], rows)
+    return _origin(file) + "\n" + table(["GB", "read by", "ms", "TB/s"], rows)
 
 
 def _ceilings_instead(results: Sequence[ResultFile]) -> str:
@@ -397,7 +350,7 @@ def _quality(file: ResultFile) -> str:
     if not any(measure.get("rounded") for measure in measures.values()):
         sides.remove("rounded")
     rows = [[name, *(cell(measure[side]) for side in sides)] for name, measure in measures.items()]
-    made = _table(["against float64", *(ROUNDED if side == "rounded" else side for side in sides)], rows)
+    made = table(["against float64", *(ROUNDED if side == "rounded" else side for side in sides)], rows)
     note = f" {ROUNDED_NOTE}" if "rounded" in sides else ""
     return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}\n"
 
@@ -426,10 +379,10 @@ def _seed(results: Sequence[ResultFile]) -> str:
         "[tests/test_seed_api.py](../tests/test_seed_api.py) and on a GPU in "
         "[tests/gpu/test_seed_api.py](../tests/gpu/test_seed_api.py).\n"
     )
-    return text + "\n" + _table(heads, rows, text_columns=5)
+    return text + "\n" + table(heads, rows, text_columns=5)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """Markdown; columns after the first `text_columns` are numbers."""
     align = ["---" if index < text_columns else "---:" for index in range(len(heads))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, align, *rows)) + "\n"

@@ -11,7 +11,8 @@ import benchmark_docs
 import pytest
 from bench.fabricated import report
 from benchmark_files import RESULTS, read_results
-from benchmark_page import FIGURES, OVERVIEW, PAGE
+from benchmark_page import FIGURES, PAGE
+from benchmark_readme import OVERVIEW
 
 from clusterfusion.bench.decode.report import to_json
 from clusterfusion.errors import ClusterFusionError
@@ -155,6 +156,8 @@ def test_sections_come_as_files_come(root: Path) -> None:
     readme = (root / "README.md").read_text()
     assert f"]({OVERVIEW})" in readme and "Time per output token of whole generate loops after 1024 tokens" in readme
     assert "full_pythia-2.8b.json" in readme and "decode_pythia-2.8b.json" not in readme
+    assert "| pythia-2.8b, float16 | 1024 | 1.130 | 1.501 (1.33) | 4.000 | 2.665x | [00000000](" in readme
+    assert "Ours in mode `model`; NVIDIA Fabricated" in readme
     drawn = {path.name for path in (root / FIGURES).iterdir()}
     kinds = ("tpot", "speedup", "read_share")
     assert drawn == {"overview.svg"} | {
