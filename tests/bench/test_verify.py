@@ -215,6 +215,15 @@ def test_prompts_fit_and_need_no_tokenizer(sides: Sides) -> None:
     assert all(prompt.text is None for prompt in make_prompts(sides.engine, 5, 50))
 
 
+def test_texts_that_are_left_out_are_said(sides: Sides) -> None:
+    assert run(sides, prompts=1, runs=1).no_texts is None
+    sides.engine.tokenizer = None
+    report = run(sides, prompts=1, runs=1)
+    assert report.no_texts == f"{sides.engine.name} has no tokenizer"
+    assert lines(report)[0] == f"prompts: random tokens alone, since {report.no_texts}"
+    assert to_json(report)["no_texts"] == report.no_texts
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -64,6 +64,7 @@ class VerifyReport:
     runs: int
     tokens: int
     asked_prompts: int
+    no_texts: str | None  # why all prompts are random tokens
     prompts: tuple[PromptResult, ...]
     interrupted: bool
     rule: str = RULE
@@ -115,6 +116,15 @@ def make_prompts(engine: Engine, count: int, longest: int) -> list[Prompt]:
     the texts are used up or where there is no tokenizer."""
     made = list(_alternate(engine, count, longest))
     return made[:count]
+
+
+def _no_texts(engine: Engine) -> str | None:
+    """Why there are no texts among the prompts, in the words of the refusal that one meets; None if there are."""
+    try:
+        engine.encode(PROMPTS[0])
+    except ArgumentError as refusal:
+        return str(refusal).rpartition("; ")[0]
+    return None
 
 
 def _alternate(engine: Engine, count: int, longest: int) -> Iterator[Prompt]:
@@ -171,6 +181,7 @@ def verify(
         runs=runs,
         tokens=tokens,
         asked_prompts=prompts,
+        no_texts=_no_texts(engine),
         prompts=tuple(done),
         interrupted=interrupted,
     )

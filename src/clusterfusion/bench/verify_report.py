@@ -74,6 +74,8 @@ def lines(report: VerifyReport) -> list[str]:
         f"logits: at most {facts['largest_difference']:.2e} from transformers' where the prefix is the same",
         "divergences: " + ", ".join(f"{count} {verdict}" for verdict, count in facts["divergences"].items()),
     ]
+    if report.no_texts:
+        said.insert(0, f"prompts: random tokens alone, since {report.no_texts}")
     if compared == 1:
         said.append(f"bits: one run of one mode ({modes}), so nothing to compare; ask for --runs 2 or more modes")
     elif not report.bit_differences:
