@@ -110,6 +110,7 @@ def _decoding(file: ResultFile) -> str:
         *_images(file),
         f"Milliseconds per output token, median of {_runs(file)} of {data['new_tokens']} tokens (x floor):\n",
         _times_table(file.times),
+        _spread(file),
         _ablation(file.times),
         f"Milliseconds to the first token{EAGERS_SHARE * (EAGER in file.times.names)}:\n",
         _first_tokens(file),
@@ -147,9 +148,16 @@ def _errors(points: Sequence[dict[str, Any]], at: str, loops: str) -> list[str]:
 
 
 def _clocks(file: ResultFile) -> str:
-    """The SMs' clock beside each time, where it was looked at."""
-    made = _by_context(file, "clocks", lambda clocks: f"{clocks['sm_mhz']:.0f}")
-    return made and f"The SMs' clock in these runs, MHz, medians:\n\n{made}"
+    """The SMs' clock and the GPU's power beside each time, where they were looked at."""
+    made = _by_context(file, _field("clocks", lambda clocks: f"{clocks['sm_mhz']:.0f}, {clocks['watts']:.0f} W"))
+    return made and f"The SMs' clock in MHz and the GPU's power in these runs, prompts included, medians:\n\n{made}"
+
+
+def _spread(file: ResultFile) -> str:
+    made = _by_context(
+        file, lambda loop: f"{loop['p10_ms']:.3f} … {loop['p90_ms']:.3f}" if loop.get("p10_ms") else None
+    )
+    return made and f"10th and 90th percentile of the runs:\n\n{made}"
 
 
 def _layers(file: ResultFile) -> str:
@@ -174,14 +182,15 @@ def _prompts(file: ResultFile) -> str:
         if loop.get("median_ms") is None:
             return "–"
         ratio = loop["ratio_to_transformers"]
-        return f"{loop['median_ms']:.2f}" + (f" ({ratio:.2f})" if ratio is not None else "")
+        spread = f" [{loop['p10_ms']:.2f}, {loop['p90_ms']:.2f}]"
+        return f"{loop['median_ms']:.2f}{spread}" + (f" ({ratio:.2f})" if ratio is not None else "")
 
     names = list(dict.fromkeys(name for each in prompts for name in each["loops"]))
     rows = [[name, *(cell(each["loops"].get(name, {})) for each in prompts)] for name in names]
     parts = [
         f"### {file.model}, {file.data['model']['dtype']}{', random weights' * file.random_weights}: `bench prefill`\n",
         _origin(file),
-        f"Milliseconds to the first token (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
+        f"Milliseconds to the first token [10th, 90th percentile] (share of transformers'), medians of {file.data['runs']} runs; {file.data['scope']}.\n",
         table(["prompt", *(str(each["prompt"]) for each in prompts)], rows),
         _not_in_it(file, _errors(prompts, "prompt", "loops")),
     ]
@@ -235,7 +244,7 @@ def _ablation(times: Times) -> str:
 
 
 def times_as_fast(before: float | None, after: float | None) -> str:
-    return "–" if before is None or after is None else f"{before / after:.3f}x"
+    return "–" if before is None or after is None else f"{before / after:.2f}x"
 
 
 def _first_tokens(file: ResultFile) -> str:
@@ -262,7 +271,7 @@ def _runs(file: ResultFile) -> str:
 
 
 def _memory(file: ResultFile) -> str:
-    made = _by_context(file, "peak_bytes", lambda size: f"{size / 1e9:.2f}")
+    made = _by_context(file, _field("peak_bytes", lambda size: f"{size / 1e9:.2f}"))
     return made and (
         "Peak memory in GB, weights included; our sessions have room for the longest context at each of them, transformers' "
         f"caches for their own:\n\n{made}"
@@ -271,10 +280,10 @@ def _memory(file: ResultFile) -> str:
 
 def _same_tokens(file: ResultFile) -> str:
     """Of peers alone: ours must not differ, and it is said where they do."""
-    made = _by_context(file, "same_tokens", str, [*file.times.peers()])
+    made = _by_context(file, _field("same_tokens", str), [*file.times.peers()])
     return made and (
-        "Tokens of peers before the first that is not ours, after which they decode another text (rounding decides near-ties; "
-        f"`clusterfusion verify` says whose rounding):\n\n{made}"
+        "Tokens of peers before the first that is not ours, after which they decode another text (rounding decides near-ties, of "
+        f"which random weights have many; `clusterfusion verify` looks at each, below where it is on record):\n\n{made}"
     )
 
 
@@ -283,14 +292,20 @@ def _loops(file: ResultFile) -> list[dict[str, dict[str, Any]]]:
     return [{**point["peers"], **point["modes"]} for point in file.data["contexts"]]
 
 
-def _by_context(file: ResultFile, field: str, shown: Callable[[Any], str], names: Sequence[str] | None = None) -> str:
-    """A table of what each loop, or those of `names`, has in `field`; nothing where none of them has any."""
+def _field(name: str, shown: Callable[[Any], str]) -> Callable[[dict[str, Any]], str | None]:
+    return lambda loop: None if loop.get(name) is None else shown(loop[name])
+
+
+def _by_context(
+    file: ResultFile, shown: Callable[[dict[str, Any]], str | None], names: Sequence[str] | None = None
+) -> str:
+    """A table of what `shown` says of each loop, or of those of `names`; nothing where it says nothing of any."""
     names = file.times.names if names is None else names
-    found = {name: [loops.get(name, {}).get(field) for loops in _loops(file)] for name in names}
-    if all(value is None for values in found.values() for value in values):
+    cells = [[name, *(shown(loops.get(name, {})) for loops in _loops(file))] for name in names]
+    if all(cell is None for row in cells for cell in row[1:]):
         return ""
-    cells = [[name, *("–" if value is None else shown(value) for value in values)] for name, values in found.items()]
-    return table(["context", *(str(point["context"]) for point in file.data["contexts"])], cells)
+    rows = [[cell or "–" for cell in row] for row in cells]
+    return table(["context", *(str(point["context"]) for point in file.data["contexts"])], rows)
 
 
 def _losses(scored: dict[str, Any]) -> str:
@@ -334,9 +349,21 @@ def _verified(file: ResultFile) -> str:
     said, data = file.data["summary"], file.data
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in said["divergences"].items())
     modes = ", ".join(mode["name"] for mode in data["modes"])
+    found = [each for prompt in data["prompts"] for each in prompt["divergences"]]
+    best = ""
+    if found:
+        of_ours, of_theirs = (
+            sum(each["best_token"] == each[side]["token"] for each in found) for side in ("ours", "theirs")
+        )
+        best = (
+            f" Where they part, float64 has our token in {of_ours} and theirs in {of_theirs}, by a margin of at most "
+            f"{max(abs(each['margin']) for each in found):.1e}; our logits are off by at most {max(each['our_error'] for each in found):.1e} there, "
+            f"theirs by {max(each['their_error'] for each in found):.1e}."
+        )
     return (
         f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts give "
-        f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['bit_differences']} differences in bits over "
+        f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['same_tokens']} of {said['compared_tokens']} compared tokens are "
+        f"the same; a prompt's are compared up to the first that is not.{best} {said['bit_differences']} differences in bits over "
         f"{data['runs']} runs in each of {modes}.\n"
     )
 

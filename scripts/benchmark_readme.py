@@ -45,7 +45,7 @@ def readme_block(results: Sequence[ResultFile]) -> str:
     said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
     said.append(
         f"{what} after {context} tokens{weights}, batch 1. A full bar would be as fast as the GPU reads the step's weights, "
-        f"keys and values, which nothing that reads them can beat: the floor.{missing}"
+        f"keys and values, which nothing that reads them from memory can beat: the floor.{missing}"
     )
     said += ["", _figures_table([file for file in of_kind(results, files[0].kind) if _point(file, context)], context)]
     said.append(f"Method, commands, all results and what they do not show: [{PAGE}]({PAGE}).")
@@ -71,6 +71,7 @@ def _figures_table(files: Sequence[ResultFile], context: int) -> str:
             [
                 f"{file.model}, {file.times.dtype}",
                 str(point.context),
+                f"{file.data['read_ceiling']['bytes_per_s'] / 1e12:.2f}",
                 f"{point.floor_ms:.3f}",
                 f"{ours:.3f} ({ours / point.floor_ms:.2f})",
                 "–" if compiled is None else f"{compiled:.3f}",
@@ -78,9 +79,14 @@ def _figures_table(files: Sequence[ResultFile], context: int) -> str:
                 f"[{file.origin['source_digest'][:8]}]({file.path})",
             ]
         )
-    heads = ["ms a token", "after", "floor", "ours (x floor)", COMPILED, "ours is", "sources"]
+    heads = ["ms a token", "after", "GPU reads, TB/s", "floor", "ours (x floor)", COMPILED, "ours is", "sources"]
     devices = ", ".join(dict.fromkeys(map(device_of, files)))
+    rested = any(point.peers for file in files if (point := _point(file, context)))
+    cool = (
+        " Where peers are measured, the slow ones let the GPU cool between our runs; the page has longer contexts without them."
+        * rested
+    )
     return (
         f"{table(heads, rows)}\nOurs in mode {', '.join(dict.fromkeys(modes))}; {devices}. Each number is from the file behind the digest of the "
-        "sources that it was measured with, which may be older than this commit.\n"
+        f"sources that it was measured with, which may be older than this commit.{cool}\n"
     )

@@ -95,10 +95,32 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "passed": True,
         "identical_prompts": 15,
         "prompts": 16,
-        "divergences": {"tie": 1, "error": 0},
+        "divergences": {"tie": 2, "error": 0},
         "bit_differences": 0,
+        "same_tokens": 485,
+        "compared_tokens": 487,
     }
-    put(root, "verify.json", evaluated("verify", summary=summary, tokens=32, runs=2, modes=[{"name": "model"}]))
+    parted = [
+        {
+            "ours": {"token": 1},
+            "theirs": {"token": 2},
+            "best_token": 1,
+            "margin": 0.01,
+            "our_error": 0.02,
+            "their_error": 0.03,
+        },
+        {
+            "ours": {"token": 1},
+            "theirs": {"token": 2},
+            "best_token": 2,
+            "margin": -0.04,
+            "our_error": 0.05,
+            "their_error": 0.06,
+        },
+    ]
+    prompts = [{"divergences": [found]} for found in parted]
+    verified = {"summary": summary, "prompts": prompts, "tokens": 32, "runs": 2, "modes": [{"name": "model"}]}
+    put(root, "verify.json", evaluated("verify", **verified))
     estimate = {"mean": 0.25, "low": 0.125, "high": 0.5}
     measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None, "rounded": estimate}}
     put(root, "quality.json", evaluated("quality", measures=measures, positions=256, source="paragraphs"))
@@ -106,8 +128,8 @@ def test_sections_come_as_files_come(root: Path) -> None:
     device = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
     put(root, "roofline.json", {"benchmark": "roofline", "reads": [read], **device})
     loops = {
-        "model": {"median_ms": 8.7, "ratio_to_transformers": 0.29},
-        "transformers": {"median_ms": 30.0, "ratio_to_transformers": 1.0},
+        "model": {"median_ms": 8.7, "p10_ms": 8.5, "p90_ms": 9.0, "ratio_to_transformers": 0.29},
+        "transformers": {"median_ms": 30.0, "p10_ms": 29.0, "p90_ms": 31.0, "ratio_to_transformers": 1.0},
         "reference": {"median_ms": None, "ratio_to_transformers": None},
     }
     prefill = {"model": {"name": "pythia-2.8b (random weights)", "dtype": "float16"}, "runs": 10, "scope": "a wall"}
@@ -124,25 +146,27 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "### pythia-2.8b, float16, random weights: `bench decode`",
         "| graph | 2.000 (1.88) | 2.000 (1.82) | 2.000 (1.77) |",
         "| transformers compile | – | – | 4.000 (3.54) |",
-        "| graph → model | 1.427x | 1.379x | 1.333x |",
-        "| transformers compile → model | – | – | 2.665x |",
+        "| graph → model | 1.43x | 1.38x | 1.33x |",
+        "| transformers compile → model | – | – | 2.67x |",
         "| model | 30.0 (1.00) | 30.0 (1.00) | 30.0 (1.00) |",
-        "The SMs' clock in these runs, MHz, medians:",
-        "| transformers compile | – | – | 1590 |",
-        "| graph | 1590 | 1590 | 1590 |",
+        "The SMs' clock in MHz and the GPU's power in these runs, prompts included, medians:",
+        "| transformers compile | – | – | 1590, 698 W |",
+        "| graph | 1590, 698 W | 1590, 698 W | 1590, 698 W |",
         "| model | – | – | – |",
         "Not in it: mode fused: there is no fuse; transformers compile at context 16: Unsupported: [no]",
         "| ours, token by token | 1.500000 | 4.48169 | 0.70000 |",
         "median of 5 runs of 128 tokens (x floor)",
         "| transformers eager | 6.00 | 6.00 | 6.00 |",
         "| transformers eager | 128 | 128 | 128 |",
-        "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 1 tie, 0 error.",
+        "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 2 tie, 0 error. 485 of 487 compared tokens are the same",
+        "float64 has our token in 1 and theirs in 1, by a margin of at most 4.0e-02; our logits are off by at most 5.0e-02 there, theirs by 6.0e-02.",
+        "| graph | 1.988 … 2.024 | 1.988 … 2.024 | 1.988 … 2.024 |",
         "| against float64 | ours | ours, rounded | transformers | difference |",
         "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
         "| 4.00 | loads | 0.8000 | 5.000 |",
         "### pythia-2.8b, float16, random weights: `bench prefill`",
-        "| model | 8.70 (0.29) |",
-        "| transformers | 30.00 (1.00) |",
+        "| model | 8.70 [8.50, 9.00] (0.29) |",
+        "| transformers | 30.00 [29.00, 31.00] (1.00) |",
         "| reference | – |",
         "`benchmark_decode.py` | `clusterfusion bench decode --random-weights pythia-2.8b`",
         "[decode_pythia-2.8b.json](../benchmarks/results/h200/decode_pythia-2.8b.json) (random weights)",
@@ -156,7 +180,7 @@ def test_sections_come_as_files_come(root: Path) -> None:
     readme = (root / "README.md").read_text()
     assert f"]({OVERVIEW})" in readme and "Time per output token of whole generate loops after 1024 tokens" in readme
     assert "full_pythia-2.8b.json" in readme and "decode_pythia-2.8b.json" not in readme
-    assert "| pythia-2.8b, float16 | 1024 | 1.130 | 1.501 (1.33) | 4.000 | 2.665x | [00000000](" in readme
+    assert "| pythia-2.8b, float16 | 1024 | 5.00 | 1.130 | 1.501 (1.33) | 4.000 | 2.67x | [00000000](" in readme
     assert "Ours in mode `model`; NVIDIA Fabricated" in readme
     drawn = {path.name for path in (root / FIGURES).iterdir()}
     kinds = ("tpot", "speedup", "read_share")
@@ -172,12 +196,21 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     times = decoded()
     times["contexts"][0]["peers"]["transformers eager"]["samples"] = 3
     put(root, "decode_pythia-2.8b.json", times)
-    summary = {"passed": True, "identical_prompts": 11, "prompts": 11, "divergences": {}, "bit_differences": 0}
-    verified = {"summary": summary, "tokens": 8, "runs": 2, "modes": [{"name": "model"}], "interrupted": True}
+    counts = {"prompts": 11, "identical_prompts": 11, "compared_tokens": 88, "same_tokens": 88}
+    summary = {"passed": True, **counts, "divergences": {}, "bit_differences": 0}
+    verified = {
+        "summary": summary,
+        "prompts": [],
+        "tokens": 8,
+        "runs": 2,
+        "modes": [{"name": "model"}],
+        "interrupted": True,
+    }
     put(root, "verify.json", evaluated("verify", **verified))
     put(root, "perplexity.json", evaluated("perplexity", **SCORED, interrupted=True))
     put(root, "quality.json", evaluated("quality", measures={}, positions=9, source="words", interrupted=True))
-    loops = {"model": {"median_ms": 8.0, "ratio_to_transformers": None}, "transformers": {"error": "out of memory"}}
+    alone = {"median_ms": 8.0, "p10_ms": 8.0, "p90_ms": 8.0, "ratio_to_transformers": None}
+    loops = {"model": alone, "transformers": {"error": "out of memory"}}
     origin = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
     prefill = {"model": {"name": "x", "dtype": "float16"}, "runs": 5, "scope": "a wall", "interrupted": True}
     prompts = [{"prompt": 16, "loops": loops}]
