@@ -46,7 +46,7 @@ format: setup ## let ruff mend and format the Python files
 	@$(BIN)/ruff check --fix --quiet || true
 	@$(BIN)/ruff format
 
-benchmark-docs: setup ## draw docs/benchmarks.md and the README's plot from benchmarks/results
+benchmark-docs: setup ## draw docs/benchmarks.md and the README's plot and table from benchmarks/results
 	@$(BIN)/python scripts/benchmark_docs.py
 
 # On a GPU machine: the .venv if there is one, else a Python that already has torch and pytest, else a fresh .venv.

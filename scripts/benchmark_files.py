@@ -51,11 +51,15 @@ class ResultFile:
 
 
 def read_results(root: Path = ROOT) -> tuple[list[ResultFile], list[Path]]:
-    """Every result under `root`, and the JSON files there that are none that this page knows."""
+    """Every result under `root`, and the JSON files there that are none that this page knows. Raises ValueError naming a
+    file that is no JSON."""
     found, others = [], []
     for path in sorted((root / RESULTS).glob("*.json")):
         name = path.relative_to(root)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
         kind = (data.get("benchmark") or data.get("evaluation")) if isinstance(data, dict) else None
         if kind in KINDS:
             found.append(_result(name, kind, data))
@@ -71,7 +75,7 @@ def _result(path: Path, kind: str, data: dict[str, Any]) -> ResultFile:
     return ResultFile(
         path=path,
         kind=kind,
-        model=name.removesuffix(RANDOM).rpartition("/")[2],
+        model=name.removesuffix(RANDOM).rstrip("/").rpartition("/")[2],
         random_weights="shape" in model or name.endswith(RANDOM),
         origin={field: origin[field] for field in ("device", "versions", "source_digest", "command", "date")},
         data=data,

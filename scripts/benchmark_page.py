@@ -329,7 +329,12 @@ def _roofline(file: ResultFile) -> str:
 
 
 def _ceilings_instead(results: Sequence[ResultFile]) -> str:
-    beside = " Every result above has the ceiling of its own run." if of_kind(results, *TIMED) else ""
+    timed = of_kind(results, *TIMED)
+    beside = (
+        " Every result above has the ceiling of its own run."
+        if timed and all(f.data["read_ceiling"] for f in timed)
+        else ""
+    )
     return f"`bench roofline` by itself is {NOT_MEASURED}.{beside}\n"
 
 

@@ -1,4 +1,4 @@
-"""The README's plot, and its figures as a table: what they are drawn from, and what they say."""
+"""The README's plot, and all models' numbers as a table: what they are drawn from, and what they say."""
 
 from __future__ import annotations
 
@@ -12,81 +12,116 @@ from clusterfusion.bench.results import TIMED, Point
 OVERVIEW = FIGURES / "overview.svg"
 OVERVIEW_CONTEXT = 1024
 OVERVIEW_MODELS = ("pythia-2.8b", "pythia-6.9b", "llama-3.1-8b")
+DECODING, LAYERS = ("full", "decode"), ("layer",)
 
 
 def overview_choice(results: Sequence[ResultFile]) -> tuple[list[ResultFile], int] | None:
-    """What the README's plot is drawn from, and at which context: whole decoding if there is any, else layers; at most
-    three models, at a context that all have: where most of them have peers, and nearest to 1024 among those. None without
-    results."""
-    for kind in TIMED:
-        first: dict[str, ResultFile] = {}
-        for file in of_kind(results, kind):
-            if any(point.floor_ms for point in file.times.points):
-                first.setdefault(file.model, file)
-        wanted = [model for model in OVERVIEW_MODELS if model in first]
-        chosen = [first[model] for model in (wanted or list(first)[:3])]
-        contexts = [{point.context: point for point in file.times.points if point.floor_ms} for file in chosen]
+    """What the plot is drawn from, and at which context: at most three models, at a context that all have: where most of
+    them have peers, and nearest to 1024 among those. One model alone if they have none in common. None without results."""
+    first: dict[str, ResultFile] = {}
+    for file in _headline(results):
+        first.setdefault(file.model, file)
+    chosen = [first[model] for model in OVERVIEW_MODELS if model in first] or list(first.values())[:3]
+    for files in (chosen, chosen[:1]):
+        contexts = [{point.context: point for point in _points(file)} for file in files]
         if common := set.intersection(*map(set, contexts)) if contexts else set():
             peers = {context: sum(bool(points[context].peers) for points in contexts) for context in common}
-            return chosen, min(common, key=lambda context: (-peers[context], abs(context - OVERVIEW_CONTEXT), context))
+            return files, min(common, key=lambda context: (-peers[context], abs(context - OVERVIEW_CONTEXT), context))
     return None
 
 
 def readme_block(results: Sequence[ResultFile]) -> str:
-    """The plot, and the numbers of all models."""
+    """The plot, and a row for every model."""
     choice = overview_choice(results)
     if choice is None:
-        return f"Speed is {NOT_MEASURED}: there is no result in [{RESULTS}]({RESULTS}).\n"
-    files, context = choice
-    layers = files[0].kind == "layer"
-    what = "One step of the decoder layers alone" if layers else "Time per output token of whole generate loops"
+        what = "result with times of ours and a read ceiling" if of_kind(results, *TIMED) else "result"
+        return f"Speed is {NOT_MEASURED}: there is no {what} in [{RESULTS}]({RESULTS}).\n"
+    context, files = choice[1], _headline(results)
+    layers = files[0].kind in LAYERS
+    what = "Time of one step of the decoder layers alone" if layers else "Time per output token of whole generate loops"
     missing = " Whole decoding is not on record yet." if layers else ""
-    weights = " of models with random weights" if all(file.random_weights for file in files) else ""
-    said = [f"![{what}, as a share of the read ceiling]({OVERVIEW})", ""]
-    said.append(
-        f"{what} after {context} tokens{weights}, batch 1. A full bar would be as fast as the GPU reads the step's weights, "
-        f"keys and values, which nothing that reads them from memory can beat: the floor.{missing}"
-    )
-    said += ["", _figures_table([file for file in of_kind(results, files[0].kind) if _point(file, context)], context)]
-    said.append(f"Method, commands, all results and what they do not show: [{PAGE}]({PAGE}).")
+    weights = "random weights, " * all(file.random_weights for file in files)
+    said = [
+        f"![{what}, as a share of the read ceiling]({OVERVIEW})",
+        "",
+        f"{what}, {weights}batch 1, with a context of {context} tokens. A full bar would be as fast as the GPU reads the step's "
+        f"weights, keys and values, which nothing that reads them from memory can beat: the floor.{missing} In numbers, and of all models:",
+        "",
+        _table(files),
+        f"Method, commands, all results and what they do not show: [{PAGE}]({PAGE}).",
+    ]
     return "\n".join(said) + "\n"
 
 
-def _point(file: ResultFile, context: int) -> Point | None:
-    """At that context, or else at the shortest one that the file has; None without times of ours and a floor."""
-    points = [point for point in file.times.points if point.ours and point.floor_ms]
-    return min(points, key=lambda point: (point.context != context, point.context), default=None)
+def _headline(results: Sequence[ResultFile]) -> list[ResultFile]:
+    """For each model and dtype the newest `full`, or else the newest `decode`; layers where there is neither."""
+    for kinds in (DECODING, LAYERS):
+        best: dict[tuple[str, str], ResultFile] = {}
+        for kind in kinds:
+            newest: dict[tuple[str, str], ResultFile] = {}
+            for file in sorted(of_kind(results, kind), key=lambda file: file.origin["date"]):
+                if _points(file):
+                    newest[file.model, file.times.dtype] = file
+            best = newest | best
+        if best:
+            return sorted(best.values(), key=lambda file: file.rank)
+    return []
 
 
-def _figures_table(files: Sequence[ResultFile], context: int) -> str:
-    """A row for each: our fastest form, the floor and torch.compile."""
-    rows, modes = [], []
+def _points(file: ResultFile) -> list[Point]:
+    """Those with times of ours and a floor."""
+    return [point for point in file.times.points if point.ours and point.floor_ms]
+
+
+def _table(files: Sequence[ResultFile]) -> str:
+    """A row for each: the floor, our fastest mode and torch.compile, at the shortest context that has this, or other peers, or
+    else the shortest."""
+    devices = list(dict.fromkeys(map(device_of, files)))
+    all_random = all(file.random_weights for file in files)
+    rows, modes, cool = [], set(), False
     for file in files:
-        point = _point(file, context)
-        assert point is not None and point.floor_ms is not None
+        point = min(_points(file), key=lambda point: (COMPILED not in point.peers, not point.peers, point.context))
         mode, ours = min(point.ours.items(), key=lambda item: item[1])
-        modes.append(f"`{mode}`")
+        modes.add(mode)
+        cool = cool or bool(point.peers)
         compiled = point.peers.get(COMPILED)
+        floor = point.floor_ms or 0.0
+        label = [file.model, file.times.dtype]
+        label += ["random weights"] * (file.random_weights and not all_random)
+        label += [device_of(file)] * (len(devices) > 1)
+        label += ["interrupted"] * bool(file.data.get("interrupted"))
+        marks = f", `{mode}`" * (mode != "model")
+        marks += ", **tokens differ**" * any(each.get("differences") for each in file.data["contexts"])
         rows.append(
             [
-                f"{file.model}, {file.times.dtype}",
+                ", ".join(label),
                 str(point.context),
                 f"{file.data['read_ceiling']['bytes_per_s'] / 1e12:.2f}",
-                f"{point.floor_ms:.3f}",
-                f"{ours:.3f} ({ours / point.floor_ms:.2f})",
+                f"{floor:.3f}",
+                f"{ours:.3f} ({ours / floor:.2f}){marks}",
                 "–" if compiled is None else f"{compiled:.3f}",
                 times_as_fast(compiled, ours),
                 f"[{file.origin['source_digest'][:8]}]({file.path})",
             ]
         )
-    heads = ["ms a token", "after", "GPU reads, TB/s", "floor", "ours (x floor)", COMPILED, "ours is", "sources"]
-    devices = ", ".join(dict.fromkeys(map(device_of, files)))
-    rested = any(point.peers for file in files if (point := _point(file, context)))
-    cool = (
-        " Where peers are measured, the slow ones let the GPU cool between our runs; the page has longer contexts without them."
-        * rested
+    heads = [
+        "model",
+        "context",
+        "GPU reads, TB/s",
+        "floor, ms",
+        "ours, ms (x floor)",
+        f"{COMPILED}, ms",
+        "times as fast",
+        "sources",
+    ]
+    notes = [f"{devices[0]}."] * (len(devices) == 1) + ["Ours: mode `model`, where no other is named."] * (
+        "model" in modes
     )
-    return (
-        f"{table(heads, rows)}\nOurs in mode {', '.join(dict.fromkeys(modes))}; {devices}. Each number is from the file behind the digest of the "
-        f"sources that it was measured with, which may be older than this commit.{cool}\n"
+    notes.append(
+        "Each row links to its result file under the digest of the sources that were measured, which may be older than this commit."
     )
+    if cool:
+        notes.append(
+            "Beside peers, the slow ones let the GPU cool between our runs; the page has longer contexts without them."
+        )
+    return f"{table(heads, rows)}\n{' '.join(notes)}\n"

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its figures and the README's plot are those of the result files; sections come as files come."""
+"""docs/benchmarks.md, its figures and the README's plot and table are those of the result files; sections come as files come."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import benchmark_docs
 import pytest
-from bench.fabricated import report
+from bench.fabricated import decoded
 from benchmark_files import RESULTS, read_results
 from benchmark_page import FIGURES, PAGE
 from benchmark_readme import OVERVIEW
 
-from clusterfusion.bench.decode.report import to_json
 from clusterfusion.errors import ClusterFusionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +36,6 @@ def root(tmp_path: Path) -> Path:
 
 def put(root: Path, name: str, data: dict[str, Any]) -> None:
     (root / RESULTS / name).write_text(json.dumps(data))
-
-
-def decoded(benchmark: str = "decode", **more: Any) -> dict[str, Any]:
-    return to_json(report(16, 512, 1024)) | {"benchmark": benchmark} | more
 
 
 def with_peers_at(*contexts: int, name: str = "pythia-2.8b (random weights)") -> dict[str, Any]:
@@ -178,10 +173,12 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "not recorded yet" not in line for line in said.splitlines() if line.startswith("| `benchmark_decode.py")
     )
     readme = (root / "README.md").read_text()
-    assert f"]({OVERVIEW})" in readme and "Time per output token of whole generate loops after 1024 tokens" in readme
+    assert (
+        f"]({OVERVIEW})" in readme and "whole generate loops, random weights, batch 1, with a context of 1024" in readme
+    )
     assert "full_pythia-2.8b.json" in readme and "decode_pythia-2.8b.json" not in readme
     assert "| pythia-2.8b, float16 | 1024 | 5.00 | 1.130 | 1.501 (1.33) | 4.000 | 2.67x | [00000000](" in readme
-    assert "Ours in mode `model`; NVIDIA Fabricated" in readme
+    assert "NVIDIA Fabricated. Ours: mode `model`, where no other is named." in readme
     drawn = {path.name for path in (root / FIGURES).iterdir()}
     kinds = ("tpot", "speedup", "read_share")
     assert drawn == {"overview.svg"} | {
@@ -229,7 +226,7 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
 def test_the_readme_shows_peers_where_there_are_any(root: Path, with_peers: tuple[int, ...], drawn: int) -> None:
     put(root, "decode_pythia-2.8b.json", with_peers_at(*with_peers))
     assert benchmark_docs.main([], root) == 0
-    assert f"whole generate loops after {drawn} tokens" in (root / "README.md").read_text()
+    assert f"with a context of {drawn} tokens" in (root / "README.md").read_text()
 
 
 @needs_matplotlib
@@ -239,7 +236,7 @@ def test_the_readme_shows_most_models_beside_peers(root: Path) -> None:
     put(root, "decode_llama-3.1-8b.json", with_peers_at(name="llama-3.1-8b (random weights)"))
     put(root, "decode_pythia-6.9b.json", with_peers_at(16, name="pythia-6.9b (random weights)"))
     assert benchmark_docs.main([], root) == 0
-    assert "whole generate loops after 16 tokens" in (root / "README.md").read_text()
+    assert "with a context of 16 tokens" in (root / "README.md").read_text()
 
 
 @needs_matplotlib

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from clusterfusion.bench.clocks import Clocks
 from clusterfusion.bench.costs import kv_bytes
 from clusterfusion.bench.decode.options import decode_options
-from clusterfusion.bench.decode.report import ContextTimes, DecodeReport, LoopTimes, ModelFacts
+from clusterfusion.bench.decode.report import ContextTimes, DecodeReport, LoopTimes, ModelFacts, to_json
 from clusterfusion.bench.environment import Origin
 from clusterfusion.named_shapes import named_shape
 
@@ -48,3 +50,8 @@ def report(*contexts: int) -> DecodeReport:
         read_bytes=READ_BYTES,
         contexts=tuple(at(context) for context in contexts),
     )
+
+
+def decoded(benchmark: str = "decode", **more: Any) -> dict[str, Any]:
+    """The report as `bench decode` or `bench full` writes it, with other values for some fields."""
+    return to_json(report(16, 512, 1024)) | {"benchmark": benchmark} | more

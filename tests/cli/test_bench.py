@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli import interruptible
 
 import clusterfusion
 from clusterfusion.bench.decode import measure
@@ -182,37 +183,18 @@ def test_an_interrupt_leaves_a_valid_file(tmp_path: Path) -> None:
     """Ctrl-C after the first of many contexts."""
     file = tmp_path / "result.json"
     contexts = ",".join(map(str, range(1, 2000)))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "clusterfusion"),
-            *(
-                "bench",
-                "decode",
-                "demo",
-                "--new-tokens",
-                "3",
-                "--no-peers",
-                "--contexts",
-                contexts,
-                "--json",
-                str(file),
-            ),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    asked = ("demo", "--new-tokens", "3", "--no-peers", "--contexts", contexts, "--json", str(file))
+    process = interruptible.start("bench", "decode", *asked, env=ENVIRONMENT)
     assert process.stderr is not None
     for line in process.stderr:
-        if "written to" in line:
+        if b"written to" in line:
             break
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     said = json.loads(file.read_text())
     assert said["interrupted"] and 1 <= len(said["contexts"]) < 1999
-    assert f"interrupted after {len(said['contexts'])} of 1999 contexts" in out
+    assert f"interrupted after {len(said['contexts'])} of 1999 contexts".encode() in out
     assert list(tmp_path.iterdir()) == [file]
 
 

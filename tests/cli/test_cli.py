@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+from cli import interruptible
 from tiny_models import tiny_model
 
 import clusterfusion
@@ -181,18 +182,7 @@ def test_usage_errors_exit_2(arguments: tuple[str, ...]) -> None:
 
 
 def test_ctrl_c_ends_cleanly() -> None:
-    # nohup and a shell's background make a test run ignore the signal; what it starts would inherit that.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "clusterfusion", "generate", "demo", PROMPT, "-n", "1900"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    process = interruptible.start("generate", "demo", PROMPT, "-n", "1900", env=environment())
     assert process.stdout is not None
     assert process.stdout.read(5), "no text came"
     process.send_signal(signal.SIGINT)
