@@ -12,6 +12,7 @@ from benchmark_files import MODELS, RESULTS, ResultFile, of_kind
 from benchmark_text import HEAD, LIMITS, METHOD
 from seed_commands import SEED_COMMANDS
 
+from clusterfusion.bench.divergence import RULE
 from clusterfusion.bench.plots import plots_of
 from clusterfusion.bench.quality_report import ROUNDED, ROUNDED_NOTE
 from clusterfusion.bench.results import TIMED, Point, Times
@@ -283,7 +284,7 @@ def _same_tokens(file: ResultFile) -> str:
     made = _by_context(file, _field("same_tokens", str), [*file.times.peers()])
     return made and (
         "Tokens of peers before the first that is not ours, after which they decode another text (rounding decides near-ties, of "
-        f"which random weights have many; `clusterfusion verify` looks at each, below where it is on record):\n\n{made}"
+        f"which random weights have many; `clusterfusion verify` looks closely at such differences from transformers eager, on prompts of its own):\n\n{made}"
     )
 
 
@@ -331,7 +332,7 @@ def _roofline(file: ResultFile) -> str:
 def _ceilings_instead(results: Sequence[ResultFile]) -> str:
     timed = of_kind(results, *TIMED)
     beside = (
-        " Every result above has the ceiling of its own run."
+        " Every result of decoding above has the ceiling of its own run."
         if timed and all(f.data["read_ceiling"] for f in timed)
         else ""
     )
@@ -343,7 +344,7 @@ def _output(results: Sequence[ResultFile]) -> str:
     if not files:
         return f"`verify`, `quality` and `perplexity`: {NOT_MEASURED}.\n"
     kinds = {"verify": _verified, "quality": _quality, "perplexity": lambda file: _losses(file.data)}
-    parts: list[str] = []
+    parts = [f"`verify`: {RULE[0].lower()}{RULE[1:]}\n"] if of_kind(files, "verify") else []
     for file in files:
         parts.append(f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n")
         parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
@@ -356,6 +357,7 @@ def _verified(file: ResultFile) -> str:
     modes = ", ".join(mode["name"] for mode in data["modes"])
     found = [each for prompt in data["prompts"] for each in prompt["divergences"]]
     best = ""
+    texts = sum(prompt["text"] is not None for prompt in data["prompts"])
     if found:
         of_ours, of_theirs = (
             sum(each["best_token"] == each[side]["token"] for each in found) for side in ("ours", "theirs")
@@ -366,8 +368,8 @@ def _verified(file: ResultFile) -> str:
             f"theirs by {max(each['their_error'] for each in found):.1e}."
         )
     return (
-        f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts give "
-        f"transformers' {data['tokens']} tokens; differences: {verdicts}. {said['same_tokens']} of {said['compared_tokens']} compared tokens are "
+        f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts (texts: {texts}, the rest "
+        f"random tokens) give transformers' {data['tokens']} tokens; differences: {verdicts}. {said['same_tokens']} of {said['compared_tokens']} compared tokens are "
         f"the same; a prompt's are compared up to the first that is not.{best} {said['bit_differences']} differences in bits over "
         f"{data['runs']} runs in each of {modes}.\n"
     )

@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md says in its author's words: none of it is a measured number."""
+"""What docs/benchmarks.md says in its author's words: none of it is a number of a result file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ METHOD = """\
 ## Method
 
 **Ours and peers in one run.** All loops of one context are made and warmed up, then visited in turn, in the same order round by
-round, so that slow drift hits all alike. A power limit does not: what draws more power is slowed more, and what comes behind it
-too, which the clocks beside the times show. The read ceiling is measured in the same rounds.
+round, so that slow drift hits all alike. A power limit does not: a loop that draws more power is slowed more, and so is the loop
+that comes next, which the clocks beside the times show. The read ceiling is measured in the same rounds.
 
 **The floor.** A decode step at batch 1 has to read every weight once, and the keys and values of every cached token. Those
 bytes over the read ceiling are the time that no step which reads them from memory can beat. The ceiling is what a kernel that
@@ -48,8 +48,7 @@ LIMITS = """\
 
 - Other GPUs, batches of more than one stream, quantised weights, speculative decoding: nothing of that was measured.
 - Engines beside transformers: none is in these runs.
-- Peers at every context: making them takes half a minute or more at each, so that most files have them at the first one alone. "–" means
-  not measured.
+- Peers at most contexts. Compiling takes long at each, so that most files have peers at the first one alone; "–" means not measured.
 - Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are; texts and
   perplexity need a checkpoint.
 - The host. Loops that launch many kernels a token (transformers eager; of ours `split` and `fused`; for models of a few hundred

@@ -59,6 +59,11 @@ def evaluated(kind: str, **more: Any) -> dict[str, Any]:
     return {"evaluation": kind, "facts": facts} | more
 
 
+def divergence(best: int, margin: float, our_error: float, their_error: float) -> dict[str, Any]:
+    errors = {"margin": margin, "our_error": our_error, "their_error": their_error}
+    return {"ours": {"token": 1}, "theirs": {"token": 2}, "best_token": best, **errors}
+
+
 LOSSES = {
     path: {"nats_per_token": 1.5, "perplexity": 4.48169, "bits_per_byte": 0.7}
     for path in ("decode", "prefill", "transformers")
@@ -95,25 +100,11 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "same_tokens": 485,
         "compared_tokens": 487,
     }
-    parted = [
-        {
-            "ours": {"token": 1},
-            "theirs": {"token": 2},
-            "best_token": 1,
-            "margin": 0.01,
-            "our_error": 0.02,
-            "their_error": 0.03,
-        },
-        {
-            "ours": {"token": 1},
-            "theirs": {"token": 2},
-            "best_token": 2,
-            "margin": -0.04,
-            "our_error": 0.05,
-            "their_error": 0.06,
-        },
+
+    parted = [divergence(1, 0.01, 0.02, 0.03), divergence(2, -0.04, 0.05, 0.06), divergence(1, 0.01, 0.02, 0.03)]
+    prompts = [
+        {"text": text, "divergences": [found]} for text, found in zip(("words", None, None), parted, strict=True)
     ]
-    prompts = [{"divergences": [found]} for found in parted]
     verified = {"summary": summary, "prompts": prompts, "tokens": 32, "runs": 2, "modes": [{"name": "model"}]}
     put(root, "verify.json", evaluated("verify", **verified))
     estimate = {"mean": 0.25, "low": 0.125, "high": 0.5}
@@ -153,8 +144,8 @@ def test_sections_come_as_files_come(root: Path) -> None:
         "median of 5 runs of 128 tokens (x floor)",
         "| transformers eager | 6.00 | 6.00 | 6.00 |",
         "| transformers eager | 128 | 128 | 128 |",
-        "Passed: 15 of 16 prompts give transformers' 32 tokens; differences: 2 tie, 0 error. 485 of 487 compared tokens are the same",
-        "float64 has our token in 1 and theirs in 1, by a margin of at most 4.0e-02; our logits are off by at most 5.0e-02 there, theirs by 6.0e-02.",
+        "Passed: 15 of 16 prompts (texts: 1, the rest random tokens) give transformers' 32 tokens; differences: 2 tie, 0 error. 485 of 487 compared tokens are the same",
+        "float64 has our token in 2 and theirs in 1, by a margin of at most 4.0e-02; our logits are off by at most 5.0e-02 there, theirs by 6.0e-02.",
         "| graph | 1.988 … 2.024 | 1.988 … 2.024 | 1.988 … 2.024 |",
         "| against float64 | ours | ours, rounded | transformers | difference |",
         "| kl_nats | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | 0.25 [0.125, 0.5] | – |",
@@ -197,7 +188,7 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     summary = {"passed": True, **counts, "divergences": {}, "bit_differences": 0}
     verified = {
         "summary": summary,
-        "prompts": [],
+        "prompts": [{"text": None, "divergences": [divergence(2, -0.01, 0.02, 0.03)]}],
         "tokens": 8,
         "runs": 2,
         "modes": [{"name": "model"}],
@@ -216,9 +207,30 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     said = (root / PAGE).read_text()
     assert "median of 5 runs (transformers eager, 3) of 128 tokens" in said
     assert "in each of model.\n\nNot in it: the run was interrupted." in said
+    assert "float64 has our token in 0 and theirs in 1, by a margin of at most 1.0e-02" in said
     assert "99 tokens scored: a text.\n\nNot in it: the run was interrupted." in said
     assert "9 positions: words.\n\nNot in it: the run was interrupted." in said
     assert "Not in it: transformers at prompt 16: out of memory; the run was interrupted." in said
+
+
+@needs_matplotlib
+def test_tables_of_what_no_loop_has_are_left_out(root: Path) -> None:
+    times = decoded()
+    for each in times["contexts"]:
+        for loop in (*each["modes"].values(), *each["peers"].values()):
+            loop["clocks"] = None
+        each["peers"]["transformers eager"]["same_tokens"] = 0
+    put(root, "decode_pythia-2.8b.json", times)
+    assert benchmark_docs.main([], root) == 0
+    said = (root / PAGE).read_text()
+    assert "SMs' clock in MHz" not in said and "10th and 90th percentile of the runs" in said
+    table = said.split("Tokens of peers before")[1].split("\n\n")[1].splitlines()[2:]
+    assert table == ["| transformers eager | 0 | 0 | 0 |", "| transformers compile | – | – | 128 |"]
+    assert "Every result of decoding above has the ceiling of its own run." in said
+    without = [each | {"floor_ms": None} for each in times["contexts"]]
+    put(root, "decode_pythia-2.8b.json", times | {"read_ceiling": None, "contexts": without})
+    benchmark_docs.write(root)
+    assert "has the ceiling of its own run" not in (root / PAGE).read_text()
 
 
 @needs_matplotlib

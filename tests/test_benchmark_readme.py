@@ -55,6 +55,14 @@ def test_or_else_at_the_shortest_context(tmp_path: Path) -> None:
     assert "let the GPU cool" not in said
 
 
+def test_or_where_other_peers_were(tmp_path: Path) -> None:
+    data = made()
+    data["contexts"][0]["peers"] = {}
+    for each in data["contexts"]:
+        each["peers"].pop("transformers compile", None)
+    assert rows(block(tmp_path, full=data))[0].startswith("| pythia-2.8b, float16 | 512 |")
+
+
 def test_our_fastest_mode_is_named_where_it_is_not_model(tmp_path: Path) -> None:
     data = made(contexts=(1024,))
     data["contexts"][0]["modes"]["graph"]["median_ms"] = 1.3

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 def start(*arguments: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """`clusterfusion` with those arguments, both outputs piped; SIGINT ends it. nohup and a shell's background make a test run
-    ignore that signal, and what it starts would inherit that."""
+    ignore that signal, and what it starts would inherit that: every run here stands in that condition, and the child leaves it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return subprocess.Popen(

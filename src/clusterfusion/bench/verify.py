@@ -120,11 +120,13 @@ def make_prompts(engine: Engine, count: int, longest: int) -> list[Prompt]:
 
 def _no_texts(engine: Engine) -> str | None:
     """Why there are no texts among the prompts, in the words of the refusal that one meets; None if there are."""
+    if engine.tokenizer is not None:
+        return None
     try:
         engine.encode(PROMPTS[0])
     except ArgumentError as refusal:
-        return str(refusal).rpartition("; ")[0]
-    return None
+        return str(refusal).removesuffix("; pass token ids instead of text")
+    return "there is no tokenizer"
 
 
 def _alternate(engine: Engine, count: int, longest: int) -> Iterator[Prompt]:
