@@ -68,6 +68,18 @@ def _headline(results: Sequence[ResultFile]) -> list[ResultFile]:
     return []
 
 
+def _unsteady(file: ResultFile, context: int, mode: str) -> str:
+    """Between which two ratios to torch.compile the rounds lie, where they differ by more than a twentieth."""
+    (at,) = (each for each in file.data["contexts"] if each["context"] == context)
+    pairs = zip(
+        at["peers"].get(COMPILED, {}).get("runs", ()), at.get("modes", {}).get(mode, {}).get("runs", ()), strict=False
+    )
+    ratios = [compiled["ms_per_token"] / ours["ms_per_token"] for compiled, ours in pairs]
+    if not ratios or max(ratios) < 1.05 * min(ratios):
+        return ""
+    return f" ({min(ratios):.1f} … {max(ratios):.1f})"
+
+
 def _points(file: ResultFile) -> list[Point]:
     """Those with times of ours and a floor."""
     return [point for point in file.times.points if point.ours and point.floor_ms]
@@ -100,7 +112,7 @@ def _table(files: Sequence[ResultFile]) -> str:
                 f"{point.floor_ms:.3f}",
                 f"{ours:.3f} ({ours / point.floor_ms:.2f}){marks}",
                 "–" if compiled is None else f"{compiled:.3f}",
-                times_as_fast(compiled, ours),
+                times_as_fast(compiled, ours) + _unsteady(file, point.context, mode),
                 f"[{file.origin['source_digest'][:8]}]({file.path})",
             ]
         )
@@ -120,6 +132,10 @@ def _table(files: Sequence[ResultFile]) -> str:
     notes.append(
         "Each row links to its result file under the digest of the sources that were measured, which may be older than this commit."
     )
+    if any("…" in row[-2] for row in rows):
+        notes.append(
+            "Two ratios: between them lie those of single rounds, where the host sets the pace of torch.compile."
+        )
     if cool:
         notes.append(
             "Beside peers, the slow ones let the GPU cool between our runs; the page has longer contexts without them."

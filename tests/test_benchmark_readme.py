@@ -43,7 +43,7 @@ def test_a_row_is_where_torch_compile_was_measured(tmp_path: Path) -> None:
         == f"| pythia-2.8b, float16 | 1024 | 5.00 | 1.130 | 1.501 (1.33) | 4.000 | 2.67x | [00000000]({RESULTS}/full.json) |"
     )
     assert "random weights, batch 1" in said and "Whole decoding" not in said
-    assert "NVIDIA Fabricated. Ours: mode `model`" in said and "let the GPU cool" in said
+    assert "NVIDIA Fabricated. Ours: mode `model`" in said and "let the GPU cool" in said and "Two ratios" not in said
 
 
 def test_or_else_at_the_shortest_context(tmp_path: Path) -> None:
@@ -61,6 +61,14 @@ def test_or_where_other_peers_were(tmp_path: Path) -> None:
     for each in data["contexts"]:
         each["peers"].pop("transformers compile", None)
     assert rows(block(tmp_path, full=data))[0].startswith("| pythia-2.8b, float16 | 512 |")
+
+
+def test_a_ratio_that_is_not_the_same_in_all_rounds_says_between_what(tmp_path: Path) -> None:
+    data = made(contexts=(1024,))
+    runs = data["contexts"][0]["peers"]["transformers compile"]["runs"]
+    runs[1]["ms_per_token"] = 3.0
+    said = block(tmp_path, full=data)
+    assert " | 2.67x (2.0 … 2.7) | " in rows(said)[0] and "Two ratios: between them" in said
 
 
 def test_our_fastest_mode_is_named_where_it_is_not_model(tmp_path: Path) -> None:
