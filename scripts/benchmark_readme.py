@@ -133,11 +133,9 @@ def _table(files: Sequence[ResultFile]) -> str:
         "Each row links to its result file under the digest of the sources that were measured, which may be older than this commit."
     )
     if any("…" in row[-2] for row in rows):
-        notes.append(
-            "Two ratios: between them lie those of single rounds, where the host sets the pace of torch.compile."
-        )
+        notes.append("Two ratios: between them lie those of single rounds, which differ by more than a twentieth.")
     if cool:
         notes.append(
-            "Beside peers, the slow ones let the GPU cool between our runs; the page has longer contexts without them."
+            "Where peers were measured, slow ones let the GPU cool between our runs; the page has longer contexts without them."
         )
     return f"{table(heads, rows)}\n{' '.join(notes)}\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import benchmark_docs
 import pytest
-from bench.fabricated import decoded
+from bench.fabricated import RANDOM_MODEL, decoded
 from benchmark_files import RESULTS, read_results
 from benchmark_page import FIGURES, PAGE
 from benchmark_readme import OVERVIEW
@@ -38,9 +38,8 @@ def put(root: Path, name: str, data: dict[str, Any]) -> None:
     (root / RESULTS / name).write_text(json.dumps(data))
 
 
-def with_peers_at(*contexts: int, name: str = "pythia-2.8b (random weights)") -> dict[str, Any]:
-    made = decoded()
-    made["model"] = {**made["model"], "name": name}
+def with_peers_at(*contexts: int, name: str = RANDOM_MODEL) -> dict[str, Any]:
+    made = decoded(name=name)
     for each in made["contexts"]:
         if each["context"] not in contexts:
             each["peers"] = {}
@@ -68,6 +67,7 @@ LOSSES = {
     path: {"nats_per_token": 1.5, "perplexity": 4.48169, "bits_per_byte": 0.7}
     for path in ("decode", "prefill", "transformers")
 }
+ORIGIN = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
 SCORED = {"losses": LOSSES, "scored_tokens": 99, "source": "a text"}
 
 
@@ -111,8 +111,7 @@ def test_sections_come_as_files_come(root: Path) -> None:
     measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None, "rounded": estimate}}
     put(root, "quality.json", evaluated("quality", measures=measures, positions=256, source="paragraphs"))
     read = {"bytes": 4_000_000_000, "variants": {"loads": {"median_ms": 0.8, "bytes_per_s": 5e12}}}
-    device = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
-    put(root, "roofline.json", {"benchmark": "roofline", "reads": [read], **device})
+    put(root, "roofline.json", {"benchmark": "roofline", "reads": [read], **ORIGIN})
     loops = {
         "model": {"median_ms": 8.7, "p10_ms": 8.5, "p90_ms": 9.0, "ratio_to_transformers": 0.29},
         "transformers": {"median_ms": 30.0, "p10_ms": 29.0, "p90_ms": 31.0, "ratio_to_transformers": 1.0},
@@ -122,7 +121,7 @@ def test_sections_come_as_files_come(root: Path) -> None:
     put(
         root,
         "prefill.json",
-        {"benchmark": "prefill", "prompts": [{"prompt": 16, "loops": loops}], **prefill, **device},
+        {"benchmark": "prefill", "prompts": [{"prompt": 16, "loops": loops}], **prefill, **ORIGIN},
     )
     put(root, "other.json", {"traceEvents": []})
     assert benchmark_docs.main([], root) == 0
@@ -199,10 +198,9 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     put(root, "quality.json", evaluated("quality", measures={}, positions=9, source="words", interrupted=True))
     alone = {"median_ms": 8.0, "p10_ms": 8.0, "p90_ms": 8.0, "ratio_to_transformers": None}
     loops = {"model": alone, "transformers": {"error": "out of memory"}}
-    origin = {"device": {"name": "GPU"}, "versions": {}, "source_digest": "2" * 64, "command": "c", "date": "2026"}
     prefill = {"model": {"name": "x", "dtype": "float16"}, "runs": 5, "scope": "a wall", "interrupted": True}
     prompts = [{"prompt": 16, "loops": loops}]
-    put(root, "prefill.json", {"benchmark": "prefill", "prompts": prompts, **prefill, **origin})
+    put(root, "prefill.json", {"benchmark": "prefill", "prompts": prompts, **prefill, **ORIGIN})
     assert benchmark_docs.main([], root) == 0
     said = (root / PAGE).read_text()
     assert "median of 5 runs (transformers eager, 3) of 128 tokens" in said

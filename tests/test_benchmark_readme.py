@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.fabricated import decoded
+from bench.fabricated import RANDOM_MODEL, decoded
 from benchmark_files import RESULTS, read_results
 from benchmark_readme import overview_choice, readme_block
 
@@ -22,11 +22,8 @@ def block(root: Path, **files: dict[str, Any]) -> str:
     return readme_block(read_results(root)[0])
 
 
-def made(
-    name: str = "pythia-2.8b (random weights)", contexts: tuple[int, ...] = (16, 512, 1024), **more: Any
-) -> dict[str, Any]:
-    data = decoded("full", **more)
-    data["model"] = {**data["model"], "name": name}
+def made(name: str = RANDOM_MODEL, contexts: tuple[int, ...] = (16, 512, 1024), **more: Any) -> dict[str, Any]:
+    data = decoded("full", name, **more)
     data["contexts"] = [each for each in data["contexts"] if each["context"] in contexts]
     return data
 
@@ -87,7 +84,7 @@ def test_a_file_for_each_model_and_dtype(tmp_path: Path) -> None:
         b=made(),
         c=half,
         d=decoded(date="2026-11-26", source_digest="2" * 64),
-        e=decoded(model=made("owner/other/")["model"]),
+        e=decoded(name="owner/other/"),
     )
     ends = {row.split(" | ")[0].removeprefix("| "): row.rpartition("](")[2] for row in rows(said)}
     assert ends == {

@@ -12,6 +12,7 @@ from clusterfusion.bench.environment import Origin
 from clusterfusion.named_shapes import named_shape
 
 CONFIG = named_shape("pythia-2.8b")
+RANDOM_MODEL = "pythia-2.8b (random weights)"
 READ_BYTES = 4_000_000_000
 CEILING = 5e12
 MS_A_TOKEN = kv_bytes(CONFIG, 1) / CEILING * 1e3  # that reading one cached token takes
@@ -44,7 +45,7 @@ def report(*contexts: int) -> DecodeReport:
         origin=Origin(
             "2026-11-24", "clusterfusion bench decode", {"name": "NVIDIA Fabricated"}, {"torch": "2"}, "0" * 64
         ),
-        model=ModelFacts("pythia-2.8b (random weights)", CONFIG, "float16", 2, False),
+        model=ModelFacts(RANDOM_MODEL, CONFIG, "float16", 2, False),
         left_out={"fused": "there is no fuse"},
         missing=(),
         read_bytes=READ_BYTES,
@@ -52,6 +53,7 @@ def report(*contexts: int) -> DecodeReport:
     )
 
 
-def decoded(benchmark: str = "decode", **more: Any) -> dict[str, Any]:
-    """The report as `bench decode` or `bench full` writes it, with other values for some fields."""
-    return to_json(report(16, 512, 1024)) | {"benchmark": benchmark} | more
+def decoded(benchmark: str = "decode", name: str = RANDOM_MODEL, **more: Any) -> dict[str, Any]:
+    """The report as `bench decode` or `bench full` writes it, of a model of that name, with other values for some fields."""
+    made = to_json(report(16, 512, 1024))
+    return made | {"benchmark": benchmark, "model": made["model"] | {"name": name}} | more

@@ -20,7 +20,7 @@ from clusterfusion.bench.divergence import (
     measure,
 )
 from clusterfusion.bench.evaluation import Facts, Progress, Sides
-from clusterfusion.bench.texts import PROMPTS, RANDOM_LENGTHS, random_tokens
+from clusterfusion.bench.texts import PROMPTS, RANDOM_LENGTHS, no_tokenizer, random_tokens
 from clusterfusion.bench.truth import true_logits
 from clusterfusion.engine import MODES, Engine, Session
 from clusterfusion.engine.memory import require_memory
@@ -118,17 +118,6 @@ def make_prompts(engine: Engine, count: int, longest: int) -> list[Prompt]:
     return made[:count]
 
 
-def _no_texts(engine: Engine) -> str | None:
-    """Why there are no texts among the prompts, in the words of the refusal that one meets; None if there are."""
-    if engine.tokenizer is not None:
-        return None
-    try:
-        engine.encode(PROMPTS[0])
-    except ArgumentError as refusal:
-        return str(refusal).removesuffix("; pass token ids instead of text")
-    return "there is no tokenizer"
-
-
 def _alternate(engine: Engine, count: int, longest: int) -> Iterator[Prompt]:
     texts = iter(PROMPTS if engine.tokenizer is not None else ())
     for index in range(count):
@@ -183,7 +172,7 @@ def verify(
         runs=runs,
         tokens=tokens,
         asked_prompts=prompts,
-        no_texts=_no_texts(engine),
+        no_texts=no_tokenizer(engine) if engine.tokenizer is None else None,
         prompts=tuple(done),
         interrupted=interrupted,
     )

@@ -134,7 +134,7 @@ def prefill(
             write_whole(markdown, made.markdown(report))
 
     outputs = Outputs(write, progress)
-    report = made.measure_prefill(engine, options, progress, command, lambda report: outputs(report))
+    report = made.measure_prefill(engine, options, progress, command, outputs)
     if report.interrupted:
         outputs(report)
     show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")

@@ -134,15 +134,7 @@ def full(
 
     with ProgressBar() as progress:
         outputs = Outputs(write, progress)
-        report = measure_full(
-            engine,
-            options,
-            asked_text,
-            progress,
-            command_line(),
-            outputs,
-            progress.share,
-        )
+        report = measure_full(engine, options, asked_text, progress, command_line(), outputs, progress.share)
         if report.interrupted:
             outputs(report)
     show_report(
@@ -201,14 +193,7 @@ def decode(
 
     with ProgressBar() as progress:
         outputs = Outputs(write, progress)
-        report = measure_decode(
-            engine,
-            options,
-            progress,
-            command_line(),
-            outputs,
-            progress.share,
-        )
+        report = measure_decode(engine, options, progress, command_line(), outputs, progress.share)
         if report.interrupted:
             outputs(report)
     show_report(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
