@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_files import MODELS, RESULTS, ResultFile, of_kind
-from benchmark_text import HEAD, LIMITS, METHOD
+from benchmark_text import HEAD, LIMITS, METHOD, TWICE
+from benchmark_twice import COMPILED, change, measured_twice
 from seed_commands import SEED_COMMANDS
 
 from clusterfusion.bench.divergence import RULE
@@ -22,7 +23,6 @@ FIGURES = RESULTS / "figures"
 NOT_MEASURED = "not measured yet"
 EVALUATED = ("verify", "quality", "perplexity")
 ABLATION = ("split", "fused", "graph", "model")
-COMPILED = "transformers compile"
 EAGER = "transformers eager"
 EAGERS_SHARE = f" (share of {EAGER}'s)"
 
@@ -40,6 +40,7 @@ def page(results: Sequence[ResultFile], others: Sequence[Path]) -> str:
             f"{NOT_MEASURED.capitalize()}: there is no result of `bench full` or `bench decode` here.\n",
             _decoding,
         ),
+        *_twice(results),
         "## The decoder layers alone\n",
         *_section(
             of_kind(results, "layer"),
@@ -159,6 +160,26 @@ def _spread(file: ResultFile) -> str:
         file, lambda loop: f"{loop['p10_ms']:.3f} … {loop['p90_ms']:.3f}" if loop.get("p10_ms") else None
     )
     return made and f"10th and 90th percentile of the runs:\n\n{made}"
+
+
+def _twice(results: Sequence[ResultFile]) -> list[str]:
+    """Where two files hold the same loops, how far their ratios are apart."""
+
+    def cells(ratios: tuple[float, float] | None) -> list[str]:
+        if ratios is None:
+            return ["–", "–", "–"]
+        return [*(f"{ratio:.3f}" for ratio in ratios), f"{100 * change(ratios):+.1f}%"]
+
+    rows = []
+    for twice in measured_twice(results):
+        full = twice.files[0]
+        links = " and ".join(f"[{file.kind}, {file.origin['date'][:10]}]({_link(file.path)})" for file in twice.files)
+        label = f"{full.model}, {full.times.dtype}: {links}"
+        rows.append([label, str(twice.points[0].context), *cells(twice.over_floor), *cells(twice.over_compiled)])
+    if not rows:
+        return []
+    heads = ["model", "context", "ours / floor", "again", "change", f"{COMPILED} / ours", "again", "change"]
+    return ["## Measured twice\n", TWICE, table(heads, rows)]
 
 
 def _layers(file: ResultFile) -> str:

@@ -33,14 +33,20 @@ peers fewer, where the file says so).
 
 **Peers** run on the same tensors as ours. *transformers eager* is `generate` as its users call it. *transformers CUDA graph* and
 *transformers compile* (`torch.compile`, mode reduce-overhead) are written kinder than its users have it: a static cache just long
-enough, the whole step with LM head and argmax captured or compiled, the token fed back on the device. torch.compile has the
-settings of that mode and no others: no search for faster kernels (max-autotune). The prompt, and so the first token, of both is the plain model's
+enough, and the whole step captured or compiled: model, LM head, argmax, the feeding back of the token and the keeping of it for later. torch.compile has the
+settings of that mode and no others: no search for faster kernels (max-autotune); but its guards are not asked again before each step
+(`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), so that the host, which may be slow, is ahead of the GPU. The prompt, and so the first token, of both is the plain model's
 over that cache. In `bench layer` all three
 run the model's forward from the residual stream, over such a cache: layers, attention mask, rotary tables and final norm.
 
 **Ours.** `split`: regular launches. `fused`: one cooperative launch with thread-block clusters a layer. `graph`: the fused layers
 in one CUDA graph. `model`: whole steps, one or several a launch. (`split graph`, in the tables of layers: the launches of `split` in a
 CUDA graph.) All give the same bits, and a run whose tokens or bits differ is marked so.
+"""
+
+TWICE = """\
+`bench full` and `bench decode` time the same loops. Where both have, in processes of their own, often on another day and another GPU of
+the same name, with the sources that each file names: mode `model`, medians.
 """
 
 LIMITS = """\
@@ -52,7 +58,7 @@ LIMITS = """\
 - Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are; texts and
   perplexity need a checkpoint.
 - The host. Loops that launch many kernels a token (transformers eager; of ours `split` and `fused`; for models of a few hundred
-  million parameters also our `graph` and torch.compile) take as long as the host needs to launch them; on another machine, or in another minute, they
+  million parameters also our `graph`) take as long as the host needs to launch them; on another machine, or in another minute, they
   may be twice as fast or as slow, and so may what is said of ours beside them. Time to the first token of
   transformers eager holds the preparations of its `generate`.
 - GPUs of one name differ, in what they read from memory and in when they come to their power limit, and these files are of several. Above

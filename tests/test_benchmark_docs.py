@@ -11,8 +11,9 @@ import benchmark_docs
 import pytest
 from bench.fabricated import RANDOM_MODEL, decoded
 from benchmark_files import RESULTS, read_results
-from benchmark_page import FIGURES, PAGE
+from benchmark_page import FIGURES, PAGE, page
 from benchmark_readme import OVERVIEW
+from benchmark_twice import WITHIN, change, measured_twice
 
 from clusterfusion.errors import ClusterFusionError
 
@@ -178,6 +179,22 @@ def test_sections_come_as_files_come(root: Path) -> None:
     assert benchmark_docs.write(root) == [], "the same files give the same page"
 
 
+def test_what_was_measured_twice_stands_side_by_side(root: Path) -> None:
+    put(root, "full.json", decoded("full", perplexity=None, no_perplexity="random"))
+    again = decoded()
+    again["contexts"] = [point for point in again["contexts"] if point["context"] != 512]
+    for point in again["contexts"]:
+        point["modes"]["model"]["median_ms"] *= 1.1
+    put(root, "decode.json", again)
+    put(root, "of_another_length.json", decoded(new_tokens=8))
+    put(root, "of_another_model.json", decoded(name="pythia-1b (random weights)"))
+    said = page(*read_results(root))
+    rows = [line for line in said.partition("## Measured twice")[2].splitlines() if "and [decode" in line]
+    assert len(rows) == 2 and all("full.json) and [decode, 2026-11-24]" in row for row in rows)
+    assert rows[0].endswith("| 16 | 1.318 | 1.449 | +10.0% | – | – | – |")
+    assert rows[1].endswith("| 1024 | 1.328 | 1.461 | +10.0% | 2.665 | 2.423 | -9.1% |")
+
+
 @needs_matplotlib
 def test_what_a_result_lacks_is_said(root: Path) -> None:
     times = decoded()
@@ -287,6 +304,15 @@ def test_missing_matplotlib_writes_nothing(
     assert benchmark_docs.main([], root) == 1
     assert capsys.readouterr().err == "benchmark_docs: plots need matplotlib\n"
     assert not (root / PAGE).exists() and not (root / FIGURES).exists()
+
+
+def test_ratios_that_were_measured_twice_are_the_same_within_a_twentieth() -> None:
+    """Of the committed files: for every model that has both, ours over the floor, and torch.compile over ours."""
+    compared = [*measured_twice(read_results()[0])]
+    assert {twice.files[0].model for twice in compared if twice.over_compiled} >= {"pythia-2.8b", "pythia-6.9b"}
+    for twice in compared:
+        for ratios in filter(None, (twice.over_floor, twice.over_compiled)):
+            assert abs(change(ratios)) <= WITHIN, f"{twice.files[1].path} at {twice.points[0].context}: {ratios}"
 
 
 def test_every_committed_result_is_one_that_the_page_knows() -> None:

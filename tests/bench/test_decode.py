@@ -298,11 +298,6 @@ def test_runs_whose_tokens_differ_are_a_failure(engine: Engine, stand_ins: list[
     assert run(engine).differences == ["context 8: two runs of fused differ from new token 2 on"]
 
 
-def test_short_generations_are_warmed_up_for_enough_steps(engine: Engine, stand_ins: list[str]) -> None:
-    run(engine, new_tokens=2)
-    assert stand_ins[: stand_ins.index("bulk copies")].count("graph") == 4
-
-
 def test_an_interrupt_keeps_whole_contexts(
     engine: Engine, stand_ins: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,34 @@ def test_loops_decode_the_references_tokens_every_time(name: str, config: Decode
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("without_gpu")
+def test_compiled_code_is_compiled_and_recorded_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few tokens there are; after that no guard is asked."""
+    calls: list[bool] = []
+    stances: list[dict[str, bool]] = []
+
+    def counted(function: Any, **options: Any) -> Any:
+        return lambda: calls.append(bool(stances)) or function()
+
+    class Stance:
+        def __init__(self, **options: bool) -> None:
+            self.options = options
+
+        def __enter__(self) -> None:
+            stances.append(self.options)
+
+        def __exit__(self, *exception: object) -> None:
+            stances.pop()
+
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(torch.compiler, "set_stance", Stance)
+    engine = load(random_weights=GPT_NEOX, device="cpu", dtype="float32")
+    loop = PeerLoops(engine.weights).make(COMPILED, [1, 2, 3], 2)
+    assert calls == [False] * 4
+    loop.decode()
+    assert calls == [False] * 4 + [True]
+
+
 def test_a_missing_transformers_is_every_peers_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(weights: Any) -> None:
         raise ImportError("No module named 'transformers'")

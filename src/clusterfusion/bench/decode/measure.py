@@ -26,7 +26,6 @@ from clusterfusion.errors import ArgumentError, DeviceError
 from clusterfusion.jit.read_ceiling import VARIANTS
 
 READS_A_ROUND = 20  # of each of the read ceiling's variants
-WARM_STEPS = 4  # of a loop before it is timed: torch.compile compiles, records and replays
 
 Progress = Callable[[str], None]
 OnShare = Callable[[float], None]
@@ -174,8 +173,7 @@ class _Run:
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
         loop = make()
-        for _ in range(-(-WARM_STEPS // (self.options.new_tokens - 1))):
-            token_ids = loop.decode().token_ids
+        token_ids = loop.decode().token_ids
         peak = None
         if device.type == "cuda":
             peak = self.engine.weights.num_bytes + torch.cuda.max_memory_allocated(device) - before

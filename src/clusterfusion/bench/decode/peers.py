@@ -1,8 +1,9 @@
 """transformers' greedy loops, on the engine's own tensors.
 
 `eager` is its `generate`, with the dynamic cache. The other two are written here, kinder than its users have it: a static
-cache just long enough, the step with LM head and argmax compiled or captured whole, the token fed back on the device, and
-all tokens read at the end. Prompts are taken in by the plain model.
+cache just long enough, the step with LM head, argmax and the feeding back of the token compiled or captured whole, and all tokens
+read at the end; compiled code whose guards are not asked again. So the host is ahead of the GPU also where it is slow, and
+times are the GPU's. Prompts are taken in by the plain model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from clusterfusion.errors import ClusterFusionError
 from clusterfusion.weights import DecoderWeights
 
 EAGER, COMPILED, CAPTURED = PEERS  # to be made in this order; bench/peers.py says why
+COMPILING_STEPS = 4  # it compiles, records and replays
 EAGER_RUNS = 3  # it takes seconds, and differs by more from the others than from itself
 
 
@@ -80,7 +82,8 @@ class GenerateLoop:
 
 
 class StaticLoop:
-    """What the two loops over a static cache share. `token` [1, 1] is the last one chosen; `made` [new_tokens] are all."""
+    """What the two loops over a static cache share. On the device: `token` [1, 1] is the last one chosen; `made` [new_tokens] are all,
+    and `_slot` [1] is where in it the next one goes."""
 
     def __init__(self, model: Any, weights: DecoderWeights, ids: Sequence[int], new_tokens: int) -> None:
         config, device = weights.config, weights.device
@@ -91,6 +94,7 @@ class StaticLoop:
         self._prompt = torch.tensor([list(ids)], device=device)
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self.made = torch.zeros(new_tokens, dtype=torch.int64, device=device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
 
     def next_token(self, token_ids: Tensor) -> Tensor:
         """The likeliest token [1, 1] after `token_ids` [1, T], which go into the cache."""
@@ -103,53 +107,61 @@ class StaticLoop:
         set_length(self.cache, 0)
         self.token.copy_(self.next_token(self._prompt))
         self.made[:1].copy_(self.token[0])
+        self._slot.fill_(1)
         _wait(self.made.device)
         first_s = time.perf_counter()
-        self.steps()
+        self.steps(len(self.made) - 1)
         token_ids = self.made.tolist()
         return _decoded(token_ids, began_s, first_s, time.perf_counter())
 
-    def steps(self) -> None:
-        """Choose all tokens after the first into `made`, without waiting for them."""
+    def steps(self, count: int) -> None:
+        """`step`, so many times, without waiting for them."""
         raise NotImplementedError
+
+    def stand(self) -> None:
+        """As after the prompt: where a step is tried out."""
+        set_length(self.cache, self._prompt.shape[1])
+        self._slot.zero_()
+
+    def step(self) -> None:
+        self.token.copy_(self.next_token(self.token))
+        self.made.index_copy_(0, self._slot, self.token[0])
+        self._slot.add_(1)
 
 
 class CompiledLoop(StaticLoop):
     """torch.compile of the step, whose CUDA graphs it makes itself."""
 
+    @torch.no_grad()
     def __init__(self, model: Any, weights: DecoderWeights, ids: Sequence[int], new_tokens: int) -> None:
         super().__init__(model, weights, ids, new_tokens)
-        self._compiled = torch.compile(self.next_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        self._slots = self.made.split(1)
+        for tensor in (self.token, self.made, self._slot):  # as the cache's: the graphs may write to them
+            torch._dynamo.mark_static_address(tensor)
+        self._compiled = torch.compile(self.step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        for _ in range(COMPILING_STEPS):
+            self.stand()
+            self._run(1)
 
-    def steps(self) -> None:
-        for slot in self._slots[1:]:
+    def steps(self, count: int) -> None:
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # there is one compiled form, made in __init__
+            self._run(count)
+
+    def _run(self, count: int) -> None:
+        for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            self.token.copy_(self._compiled(self.token))
-            slot.copy_(self.token[0])
+            self._compiled()
 
 
 class CapturedLoop(StaticLoop):
-    """The step captured in one CUDA graph, which keeps its tokens too: the host only replays it."""
+    """The step captured in one CUDA graph: the host only replays it."""
 
+    @torch.no_grad()
     def __init__(self, model: Any, weights: DecoderWeights, ids: Sequence[int], new_tokens: int) -> None:
         super().__init__(model, weights, ids, new_tokens)
-        self._slot = torch.zeros(1, dtype=torch.int64, device=self.made.device)
-        with torch.no_grad():
-            self._graph, _ = capture(self._step, lambda: self._stand(len(ids)), weights.device)
+        self._graph, _ = capture(self.step, self.stand, weights.device)
 
-    def _stand(self, context: int) -> None:
-        set_length(self.cache, context)
-        self._slot.zero_()
-
-    def _step(self) -> None:
-        self.token.copy_(self.next_token(self.token))
-        self.made.index_copy_(0, self._slot, self.token[0])
-        self._slot.add_(1)
-
-    def steps(self) -> None:
-        self._slot.fill_(1)
-        for _ in range(len(self.made) - 1):
+    def steps(self, count: int) -> None:
+        for _ in range(count):
             self._graph.replay()
 
 

@@ -77,7 +77,7 @@ struct CtaTypes {
     alignas(16) char best[S::kWarps * 16];    // and its warps' likeliest tokens
     typename Share::TileRing::Barriers ring;
     cuda::std::uint64_t signals[kSignals];
-    typename Block::Scratch block[2];
+    typename Block::Scratch block;
     float scales[2];  // of an RMSNorm: of the input's, of the middle's
     typename Gather::Scratch gather;
     typename LocalTeam::Scratch local;

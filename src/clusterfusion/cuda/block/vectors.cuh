@@ -236,7 +236,7 @@ class VectorWarps : public Attention<S> {
       });
     };
     if constexpr (kCentred) {
-      store(layer_norm_transform(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block));
+      store(layer_norm_transform<Centring::where_needed>(values, valid, 1.0f / S::kHidden, u_.eps, local_, block, block));
       stage();
       this->signal(kMiddle ? kMiddleNormed : kNormed);
     } else {  // whoever reads these vectors has been waited for
@@ -246,8 +246,8 @@ class VectorWarps : public Attention<S> {
       stage();
       if (thread_ == 0) s_.scales[kMiddle] = t.scale;
       if constexpr (!kMiddle || !S::kGated) this->signal(kMiddle ? kMiddleScaled : kScaled);
-      block_sync();  // the factor is there for vector warps that finish rows; and the scratch of the sum, one for all norms with one sum, is free
     }
+    block_sync();  // the sums' scratch, one for all norms, is free; and an RMSNorm's factor is there for vector warps that finish rows
   }
 
   // With a gate: this CTA's rows of a group of h, of what the tile warps have summed; `done` rows of the groups before. How many.
@@ -305,17 +305,13 @@ class VectorWarps : public Attention<S> {
     }
   }
 
-  // A norm's sums over this CTA alone: in place of BlockSum and ClusterReduce, with two scratches in turn, so that one barrier a
-  // sum is enough.
+  // A norm's sums over this CTA alone, in place of BlockSum and ClusterReduce. No barrier follows a sum's.
   class OwnSums {
    public:
-    __device__ explicit OwnSums(typename Base::Block::Scratch (&scratch)[2]) : first_(scratch[0]), second_(scratch[1]) {}
+    __device__ explicit OwnSums(typename Base::Block::Scratch& scratch) : block_(scratch) {}
     template <typename Team, int kCount>
-    __device__ void add(Team& team, const float (&values)[kCount]) {
-      (next_ ? second_ : first_).add(team, values);
-      next_ = !next_;
-    }
-    __device__ float total(int i) const { return (next_ ? first_ : second_).total(i); }
+    __device__ void add(Team& team, const float (&values)[kCount]) { block_.add(team, values); }
+    __device__ float total(int i) const { return block_.total(i); }
     template <typename Team, typename Mine>
     __device__ void exchange(Team&, int count, Mine mine) {
 #pragma unroll
@@ -324,9 +320,8 @@ class VectorWarps : public Attention<S> {
     __device__ float result(int i) const { return results_[i]; }
 
    private:
-    typename Base::Block first_, second_;
+    typename Base::Block block_;
     float results_[kNormSums];
-    bool next_ = false;
   };
 
   static __device__ float4 normed(const float* values, NormTransform t, const Vector<W, 4>& weight, const Vector<W, 4>& bias) {

@@ -26,37 +26,44 @@ __device__ __forceinline__ float reciprocal_sqrt(float value) {
   return residual == residual ? refined : estimate;                       // ... but not at 0 and infinity
 }
 
-// Subtracts the mean from values, roughly: what is left of it is in the transform's shift.
-//
-// Two steps over registers: the mean, then centred sums. E[x^2] - E[x]^2 would lose digits to a large mean. The second
-// step sums the centred values too, so that the rounding of the mean itself is corrected (the corrected two-pass
-// algorithm: Chan, Golub and LeVeque 1983); at mean 1000 and deviation 1 that rounding is the largest error of a
-// two-step LayerNorm in fp32, and its correction rides along in the second exchange.
-// Collectives: two BlockSum::add and two ClusterReduce exchanges, in this order: add, exchange, add, exchange.
-template <int kItems, typename Team, typename Block, typename Reduce>
+// When a LayerNorm takes its second step. E[x^2] - E[x]^2 is as good as centred sums, but for a bit or two, while mean^2 is at most the
+// variance: nothing beside what else a decoder rounds, but to be seen in a norm's float32 result.
+enum class Centring { always, where_needed };
+
+// Two steps over registers: sums, and, when the mean has been subtracted from values, centred sums. What is left of the mean, by its own
+// rounding, is in the transform's shift (the corrected two-pass algorithm: Chan, Golub and LeVeque 1983); at mean 1000 and deviation 1 that
+// rounding would be the largest error in fp32. With Centring::where_needed a row is done after the first step, and values stay as they are,
+// unless its mean is large or its squares are not finite.
+// Collectives: a BlockSum::add and a ClusterReduce exchange a step, with a team block_sync between steps. All members of a cluster see the
+// same sums, so they all take as many.
+template <Centring kCentring, int kItems, typename Team, typename Block, typename Reduce>
 __device__ __forceinline__ NormTransform
 layer_norm_transform(float (&values)[kItems], int valid, float inverse_hidden, float eps, Team& team, Block& block, Reduce& reduce) {
-  float sum[1] = {0.0f};
+#pragma unroll 1
+  for (bool centred = false;; centred = true) {
+    float sums[kNormSums] = {0.0f, 0.0f};  // sum, sum of squares
 #pragma unroll
-  for (int k = 0; k < kItems; k++) sum[0] += k < valid ? values[k] : 0.0f;
-  block.add(team, sum);
-  reduce.exchange(team, 1, [&](int i) { return block.total(i); });
-  const float mean = reduce.result(0) * inverse_hidden;
-
-  float centred[kNormSums] = {0.0f, 0.0f};  // sum, sum of squares
+    for (int k = 0; k < kItems; k++) {
+      const float value = k < valid ? values[k] : 0.0f;
+      sums[0] += value;
+      sums[1] = fmaf(value, value, sums[1]);
+    }
+    block.add(team, sums);
+    reduce.exchange(team, kNormSums, [&](int i) { return block.total(i); });
+    const float mean = reduce.result(0) * inverse_hidden, squares = reduce.result(1) * inverse_hidden;
+    float variance = fmaf(-mean, mean, squares);
+    const bool enough = kCentring == Centring::where_needed && mean * mean <= variance && isfinite(squares);
+    if (centred || enough) {
+      if (variance < 0.0f) variance = 0.0f;  // a constant row's rounding; a NaN stays one, which fmaxf would hide
+      const float scale = reciprocal_sqrt(variance + eps);
+      return {scale, -mean * scale};
+    }
 #pragma unroll
-  for (int k = 0; k < kItems; k++) {
-    values[k] = k < valid ? values[k] - mean : 0.0f;
-    centred[0] += values[k];
-    centred[1] += values[k] * values[k];
+    for (int k = 0; k < kItems; k++) {
+      if (k < valid) values[k] -= mean;
+    }
+    team.block_sync();
   }
-  block.add(team, centred);
-  reduce.exchange(team, kNormSums, [&](int i) { return block.total(i); });
-  const float rest = reduce.result(0) * inverse_hidden;
-  float variance = reduce.result(1) * inverse_hidden - rest * rest;
-  if (variance < 0.0f) variance = 0.0f;  // a constant row's rounding; a NaN stays one, which fmaxf would hide
-  const float scale = reciprocal_sqrt(variance + eps);
-  return {scale, -rest * scale};
 }
 
 // Leaves values as they are. Collectives: one BlockSum::add, then one ClusterReduce exchange.

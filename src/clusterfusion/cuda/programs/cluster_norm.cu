@@ -71,7 +71,7 @@ cluster_norm(const X* __restrict__ x, const W* __restrict__ weight, const W* __r
 
   NormTransform transform;
   if constexpr (kNorm == Norm::layer_norm) {
-    transform = layer_norm_transform(values, valid, inverse_hidden, eps, team, block, reduce);
+    transform = layer_norm_transform<Centring::always>(values, valid, inverse_hidden, eps, team, block, reduce);
   } else {
     transform = rms_norm_transform(values, valid, inverse_hidden, eps, team, block, reduce);
   }

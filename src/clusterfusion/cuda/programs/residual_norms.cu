@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) residual_norms(const __g
 
     NormTransform transform;
     if constexpr (kNorm == Norm::layer_norm) {
-      transform = layer_norm_transform(values, valid, 1.0f / kHidden, arguments.eps, team, block, reduce);
+      transform = layer_norm_transform<Centring::always>(values, valid, 1.0f / kHidden, arguments.eps, team, block, reduce);
     } else {
       transform = rms_norm_transform(values, valid, 1.0f / kHidden, arguments.eps, team, block, reduce);
     }

@@ -1,0 +1,56 @@
+"""What `bench full` and `bench decode` have both measured: the same loops in two processes, whose ratios should be the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from benchmark_files import ResultFile, of_kind
+
+from clusterfusion.bench.results import Point
+
+MODE, COMPILED = "model", "transformers compile"
+WITHIN = 0.05  # of the first one's ratio the second one's should be
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """Mode `model` at one context, by a file of `bench full` and by one of `bench decode`."""
+
+    files: tuple[ResultFile, ResultFile]
+    points: tuple[Point, Point]
+
+    @property
+    def over_floor(self) -> tuple[float, float] | None:
+        """Our time over the floor; None without a read ceiling."""
+        first, second = (point.ours[MODE] / point.floor_ms if point.floor_ms else None for point in self.points)
+        return None if first is None or second is None else (first, second)
+
+    @property
+    def over_compiled(self) -> tuple[float, float] | None:
+        """torch.compile's time over ours; None where it was not measured."""
+        first, second = (
+            point.peers[COMPILED] / point.ours[MODE] if COMPILED in point.peers else None for point in self.points
+        )
+        return None if first is None or second is None else (first, second)
+
+
+def measured_twice(results: Sequence[ResultFile]) -> Iterator[Twice]:
+    """In the order of the files and their contexts."""
+    for full in of_kind(results, "full"):
+        for decode in of_kind(results, "decode"):
+            if _what(full) != _what(decode):
+                continue
+            again = {point.context: point for point in decode.times.points if MODE in point.ours}
+            for point in full.times.points:
+                if MODE in point.ours and point.context in again:
+                    yield Twice((full, decode), (point, again[point.context]))
+
+
+def change(ratios: tuple[float, float]) -> float:
+    """From the first to the second, as a share of the first."""
+    return ratios[1] / ratios[0] - 1
+
+
+def _what(file: ResultFile) -> tuple[str, bool, str, int]:
+    return file.model, file.random_weights, file.times.dtype, file.data["new_tokens"]
