@@ -55,16 +55,15 @@ def readme_block(results: Sequence[ResultFile]) -> str:
 
 
 def _headline(results: Sequence[ResultFile]) -> list[ResultFile]:
-    """For each model and dtype the newest `full`, or else the newest `decode`; layers where there is neither."""
+    """One for each model and dtype: rather one with torch.compile in it, rather a `full` than a `decode`, and rather a newer one;
+    layers where there is neither."""
+
+    def rank(file: ResultFile) -> tuple[bool, bool, str]:
+        return any(COMPILED in point.peers for point in _points(file)), file.kind == "full", file.origin["date"]
+
     for kinds in (DECODING, LAYERS):
-        best: dict[tuple[str, str], ResultFile] = {}
-        for kind in kinds:
-            newest: dict[tuple[str, str], ResultFile] = {}
-            for file in sorted(of_kind(results, kind), key=lambda file: file.origin["date"]):
-                if _points(file):
-                    newest[file.model, file.times.dtype] = file
-            best = newest | best
-        if best:
+        files = filter(_points, sorted(of_kind(results, *kinds), key=rank))
+        if best := {(file.model, file.times.dtype): file for file in files}:
             return sorted(best.values(), key=lambda file: file.rank)
     return []
 

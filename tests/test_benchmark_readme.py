@@ -94,6 +94,11 @@ def test_a_file_for_each_model_and_dtype(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_beside_torch_compile_comes_first(tmp_path: Path) -> None:
+    said = block(tmp_path, full=made(contexts=(16, 512), date="2026-11-26"), decode=decoded())
+    assert rows(said)[0].endswith("| 4.000 | 2.67x | [00000000](benchmarks/results/h200/decode.json) |")
+
+
 def test_rows_that_are_not_alike_say_so(tmp_path: Path) -> None:
     other = made("owner/pythia-6.9b", device={"name": "Other", "driver": "9"}, interrupted=True)
     other["contexts"][0]["differences"] = ["graph's tokens"]
