@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200")
 KINDS = (*TIMED, "prefill", "roofline", "verify", "quality", "perplexity")
 RANDOM = " (random weights)"
+EAGER, COMPILED = "transformers eager", "transformers compile"  # as the files call them
 # What is to be on record (in this order), whatever else may be.
 MODELS = (
     "pythia-160m",

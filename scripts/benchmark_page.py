@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_files import MODELS, RESULTS, ResultFile, of_kind
+from benchmark_files import COMPILED, EAGER, MODELS, RESULTS, ResultFile, of_kind
 from benchmark_text import HEAD, LIMITS, METHOD, TWICE
-from benchmark_twice import COMPILED, change, measured_twice
+from benchmark_twice import change, measured_twice
 from seed_commands import SEED_COMMANDS
 
 from clusterfusion.bench.divergence import RULE
@@ -23,7 +23,6 @@ FIGURES = RESULTS / "figures"
 NOT_MEASURED = "not measured yet"
 EVALUATED = ("verify", "quality", "perplexity")
 ABLATION = ("split", "fused", "graph", "model")
-EAGER = "transformers eager"
 EAGERS_SHARE = f" (share of {EAGER}'s)"
 
 
@@ -173,7 +172,10 @@ def _twice(results: Sequence[ResultFile]) -> list[str]:
     rows = []
     for twice in measured_twice(results):
         full = twice.files[0]
-        links = " and ".join(f"[{file.kind}, {file.origin['date'][:10]}]({_link(file.path)})" for file in twice.files)
+        links = " and ".join(
+            f"[{file.kind} {file.origin['source_digest'][:8]}]({_link(file.path)}) ({file.origin['date'][:10]})"
+            for file in twice.files
+        )
         label = f"{full.model}, {full.times.dtype}: {links}"
         rows.append([label, str(twice.points[0].context), *cells(twice.over_floor), *cells(twice.over_compiled)])
     if not rows:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmark_files import RESULTS, ResultFile, of_kind
+from benchmark_files import COMPILED, RESULTS, ResultFile, of_kind
 from benchmark_page import FIGURES, NOT_MEASURED, PAGE, device_of, table, times_as_fast
-from benchmark_twice import COMPILED
 
 from clusterfusion.bench.results import TIMED, Point
 

@@ -34,8 +34,9 @@ peers fewer, where the file says so).
 **Peers** run on the same tensors as ours. *transformers eager* is `generate` as its users call it. *transformers CUDA graph* and
 *transformers compile* (`torch.compile`, mode reduce-overhead) are written kinder than its users have it: a static cache just long
 enough, and the whole step captured or compiled: model, LM head, argmax, the feeding back of the token and the keeping of it for later. torch.compile has the
-settings of that mode and no others: no search for faster kernels (max-autotune); but its guards are not asked again before each step
-(`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), so that the host, which may be slow, is ahead of the GPU. The prompt, and so the first token, of both is the plain model's
+settings of that mode and no others: no search for faster kernels (max-autotune). In `bench full` and `bench decode` its guards are not asked again
+before each step (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), so that the host, which may be slow, is ahead of the GPU. (Files of
+sources `6922ade3` and `a09d9182` are of a loop that asked them, and fed the token back between two graphs.) The prompt, and so the first token, of both is the plain model's
 over that cache. In `bench layer` all three
 run the model's forward from the residual stream, over such a cache: layers, attention mask, rotary tables and final norm.
 
@@ -45,8 +46,8 @@ CUDA graph.) All give the same bits, and a run whose tokens or bits differ is ma
 """
 
 TWICE = """\
-`bench full` and `bench decode` time the same loops. Where both have, in processes of their own, often on another day and another GPU of
-the same name, with the sources that each file names: mode `model`, medians.
+`bench full` and `bench decode` time the same loops. These files hold the same contexts of a model, each measured in a process of its own, with the
+sources whose digest begins as said and, it may be, on another GPU of the same name. Mode `model`, medians; the change is from the first to the second.
 """
 
 LIMITS = """\
@@ -55,8 +56,9 @@ LIMITS = """\
 - Other GPUs, batches of more than one stream, quantised weights, speculative decoding: nothing of that was measured.
 - Engines beside transformers: none is in these runs.
 - Peers at most contexts. Compiling takes long at each, so that most files have peers at the first one alone; "–" means not measured.
-- Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are; texts and
-  perplexity need a checkpoint.
+- Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are, but for the second step
+  of a LayerNorm, which rows take whose mean is larger than their deviation ([lab/results/one_step_norm.txt](../lab/results/one_step_norm.txt)
+  has steps in which all rows take it); texts and perplexity need a checkpoint.
 - The host. Loops that launch many kernels a token (transformers eager; of ours `split` and `fused`; for models of a few hundred
   million parameters also our `graph`) take as long as the host needs to launch them; on another machine, or in another minute, they
   may be twice as fast or as slow, and so may what is said of ours beside them. Time to the first token of

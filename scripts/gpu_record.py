@@ -1,11 +1,13 @@
 """Runs the tests that need a GPU and writes down that they passed, for which sources, on what.
 
-    python3 scripts/gpu_record.py [--output tests/gpu/record.json] [--processes N] [--journal FILE]
+    python3 scripts/gpu_record.py [--output tests/gpu/record.json] [--processes N] [--journal FILE] [--since RECORD]
 
 Continuous integration has no GPU. This record is its evidence: tests/test_gpu_record.py fails as soon as a source that
 decides what runs on the GPU differs from the one the record was made with. The record may be made on another machine
 and copied back. Nothing is written if a test failed or none passed. With a journal, a run that was interrupted, or in which a test
-failed, is taken up again: tests that have passed on the same sources, device and versions are not run again.
+failed, is taken up again: tests that have passed on the same sources, device and versions are not run again. Since an earlier record of
+the same device and versions, with whose sources only files of tests have changed, only these files are run, and the new record says which
+ones it has taken over, and from when.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -177,13 +180,39 @@ def with_earlier(files: Mapping[str, Mapping[str, int]], earlier: Iterable[str])
     return dict(sorted(found.items()))
 
 
-def run_tests(processes: int, journal: Path | None = None) -> tuple[int, dict[str, dict[str, int]], float]:
+def still_hold(earlier: Mapping[str, Any], sources: Mapping[str, str], root: Path) -> list[str]:
+    """The files of tests whose results in the record `earlier` are those of `sources` too: nothing has changed but other files of
+    tests, and nothing that these are imported by."""
+    if complaints(earlier, earlier["sources"]):
+        return []
+    spoiled = {
+        path for path in earlier["sources"].keys() | sources.keys() if earlier["sources"].get(path) != sources.get(path)
+    }
+    if not all(re.fullmatch(r"tests/gpu/(\w+/)*test_\w+\.py", path) for path in spoiled):
+        return []
+    texts = {path: (root / path).read_text(encoding="utf-8") for path in earlier["files"] if path in sources}
+    while True:
+        names = "|".join(Path(path).stem for path in spoiled) or "$^"
+        importers = {
+            path
+            for path, text in texts.items()
+            if re.search(rf"^\s*(from|import)\b.*\b({names})\b", text, re.MULTILINE)
+        }
+        if importers <= spoiled:
+            return sorted(texts.keys() - spoiled)
+        spoiled |= importers
+
+
+def run_tests(
+    processes: int, journal: Path | None = None, left_out: Sequence[str] = ()
+) -> tuple[int, dict[str, dict[str, int]], float]:
     """pytest's exit status, its counts by file, and the seconds it took."""
     began = time.monotonic()
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+        options += [f"--ignore={path}" for path in left_out]
         if processes > 1:  # kernels compile side by side; needs pytest-xdist
             options += ["-n", str(processes)]
         if journal is not None:
@@ -205,6 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--journal", type=Path, help="where to write down each test as it ends, and to look for earlier ones"
     )
+    parser.add_argument("--since", type=Path, help="an earlier record, of which is kept what holds still")
     arguments = parser.parse_args()
     output: Path = arguments.output
 
@@ -216,9 +246,13 @@ def main() -> None:
     if journal is not None:
         ran_on = {"digest": digest(sources), "device": device_facts(), "versions": version_facts()}
         earlier = [test for test, outcome in run_journal.begin(journal, ran_on).items() if outcome == "passed"]
-    status, files, seconds = run_tests(arguments.processes, journal)
-    files = with_earlier(files, earlier)
-    if status == NO_TESTS_LEFT and earlier:
+    since: dict[str, Any] = json.loads(arguments.since.read_text(encoding="utf-8")) if arguments.since else {}
+    kept: list[str] = []
+    if since and (since["device"], since["versions"]) == (device_facts(), version_facts()):
+        kept = still_hold(since, sources, ROOT)
+    status, files, seconds = run_tests(arguments.processes, journal, kept)
+    files = with_earlier(files, earlier) | {path: since["files"][path] for path in kept}
+    if status == NO_TESTS_LEFT and (earlier or kept):
         status = 0
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -228,6 +262,7 @@ def main() -> None:
         "duration_s": round(seconds, 1),
         "counts": total(files),
         "files": files,
+        "taken_over": {path: since.get("taken_over", {}).get(path, since["date"]) for path in kept},
         "sources": sources,
         "digest": digest(sources),
     }
@@ -240,6 +275,8 @@ def main() -> None:
     output.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if journal is not None:
         journal.unlink()
+    if kept:
+        print(f"gpu_record: taken over from {arguments.since}: {', '.join(kept)}")
     print(f"gpu_record: {record['counts']} on {record['device']}, written to {output}")
 
 

@@ -201,10 +201,70 @@ def pretend(
 ) -> None:
     """Stand in for the GPU and for pytest's run on it."""
     monkeypatch.setattr(gpu_record, "why_no_gpu", lambda: reason)
-    monkeypatch.setattr(gpu_record, "run_tests", lambda processes, journal: (status, files, 1.0))
+    monkeypatch.setattr(gpu_record, "run_tests", lambda processes, journal, left_out: (status, files, 1.0))
     monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "a GPU"})
     monkeypatch.setattr(gpu_record, "version_facts", dict)
     monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(folder / "record.json")])
+
+
+@pytest.fixture
+def three_files(tree: Path) -> Path:
+    """tests/gpu/test_step.py, and two of which one imports the other."""
+    write(tree / "tests/gpu/test_base.py", "def helper(): ...\n")
+    write(tree / "tests/gpu/test_user.py", "import os\nfrom gpu.test_base import (\n    helper,\n)\n")
+    return tree
+
+
+def earlier_record(tree: Path) -> dict[str, Any]:
+    names = ("test_base", "test_step", "test_user")
+    files = {f"tests/gpu/{name}.py": {"passed": 1, "failed": 0, "skipped": 0} for name in names}
+    return record_for(tree) | {"files": files, "date": "2026-11-30", "device": {"name": "a GPU"}, "versions": {}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ("tests/gpu/test_step.py", ["test_base", "test_user"]),
+        ("tests/gpu/test_base.py", ["test_step"]),
+        ("tests/gpu/test_new.py", ["test_base", "test_step", "test_user"]),
+        ("tests/gpu/conftest.py", []),
+        ("tests/tiny_models.py", []),
+        ("src/clusterfusion/ops.py", []),
+    ],
+)
+def test_what_holds_still_since_a_record(three_files: Path, changed: str, kept: list[str]) -> None:
+    earlier = earlier_record(three_files)
+    write(three_files / changed, "two\n")
+    sources = gpu_record.source_digests(three_files)
+    assert gpu_record.still_hold(earlier, sources, three_files) == [f"tests/gpu/{name}.py" for name in kept]
+    earlier["counts"]["failed"] = 1
+    assert gpu_record.still_hold(earlier, sources, three_files) == []
+
+
+def test_only_what_has_changed_is_run_again(monkeypatch: pytest.MonkeyPatch, three_files: Path) -> None:
+    earlier = earlier_record(three_files) | {"taken_over": {"tests/gpu/test_user.py": "2026-11-29"}}
+    write(three_files / "earlier.json", json.dumps(earlier))
+    write(three_files / "tests/gpu/test_step.py", "two\n")
+    seen: list[Any] = []
+
+    def run(processes: int, journal: Path | None, left_out: list[str]) -> tuple[int, dict[str, dict[str, int]], float]:
+        seen[:] = left_out
+        return 0, {"tests/gpu/test_step.py": {"passed": 5, "failed": 0, "skipped": 0}}, 1.0
+
+    pretend(monkeypatch, three_files, None, 0, {})
+    monkeypatch.setattr(gpu_record, "run_tests", run)
+    monkeypatch.setattr(gpu_record, "ROOT", three_files)
+    since = ["--since", str(three_files / "earlier.json")]
+    monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(three_files / "record.json"), *since])
+    gpu_record.main()
+    record = json.loads((three_files / "record.json").read_text(encoding="utf-8"))
+    assert seen == ["tests/gpu/test_base.py", "tests/gpu/test_user.py"]
+    assert record["counts"] == {"passed": 7, "failed": 0, "skipped": 0}
+    assert record["taken_over"] == {"tests/gpu/test_base.py": "2026-11-30", "tests/gpu/test_user.py": "2026-11-29"}
+    assert gpu_record.complaints(record, gpu_record.source_digests(three_files)) == []
+    monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "another"})
+    gpu_record.main()
+    assert seen == [], "of another device nothing is taken over, and all is run"
 
 
 PROBE = """

@@ -90,11 +90,11 @@ def test_loops_decode_the_references_tokens_every_time(name: str, config: Decode
 @pytest.mark.usefixtures("without_gpu")
 def test_compiled_code_is_compiled_and_recorded_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few tokens there are; after that no guard is asked."""
-    calls: list[bool] = []
-    stances: list[dict[str, bool]] = []
+    calls: list[Any] = []
+    stances: list[Any] = [None]
 
     def counted(function: Any, **options: Any) -> Any:
-        return lambda: calls.append(bool(stances)) or function()
+        return lambda: calls.append(stances[-1]) or function()
 
     class Stance:
         def __init__(self, **options: bool) -> None:
@@ -110,9 +110,12 @@ def test_compiled_code_is_compiled_and_recorded_when_it_is_made(monkeypatch: pyt
     monkeypatch.setattr(torch.compiler, "set_stance", Stance)
     engine = load(random_weights=GPT_NEOX, device="cpu", dtype="float32")
     loop = PeerLoops(engine.weights).make(COMPILED, [1, 2, 3], 2)
-    assert calls == [False] * 4
+    assert calls == [None] * 4
     loop.decode()
-    assert calls == [False] * 4 + [True]
+    assert calls == [None] * 4 + [{"skip_guard_eval_unsafe": True}]
+    assert isinstance(loop, peers.CompiledLoop)
+    for written in (loop.token, loop.made, loop._slot):  # else there would be no CUDA graphs
+        assert hasattr(written, "_dynamo_static_input_type")
 
 
 def test_a_missing_transformers_is_every_peers_error(monkeypatch: pytest.MonkeyPatch) -> None:

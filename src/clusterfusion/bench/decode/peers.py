@@ -8,6 +8,7 @@ times are the GPU's. Prompts are taken in by the plain model.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,20 +131,21 @@ class StaticLoop:
 
 
 class CompiledLoop(StaticLoop):
-    """torch.compile of the step, whose CUDA graphs it makes itself."""
+    """torch.compile of the step, whose CUDA graphs it makes itself. Needs PyTorch 2.6."""
 
     @torch.no_grad()
     def __init__(self, model: Any, weights: DecoderWeights, ids: Sequence[int], new_tokens: int) -> None:
         super().__init__(model, weights, ids, new_tokens)
         for tensor in (self.token, self.made, self._slot):  # as the cache's: the graphs may write to them
             torch._dynamo.mark_static_address(tensor)
+        self._unguarded = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
         self._compiled = torch.compile(self.step, mode="reduce-overhead", fullgraph=True, dynamic=False)
         for _ in range(COMPILING_STEPS):
             self.stand()
             self._run(1)
 
     def steps(self, count: int) -> None:
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # there is one compiled form, made in __init__
+        with self._unguarded():  # there is one compiled form, made in __init__
             self._run(count)
 
     def _run(self, count: int) -> None:
