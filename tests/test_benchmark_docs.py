@@ -334,7 +334,9 @@ def test_ratios_that_were_measured_twice_are_the_same_within_a_twentieth() -> No
     """Of the committed files: for every model that has both, ours over the floor, and torch.compile over ours. After a change that
     shows, both are measured again."""
     compared = [*measured_twice(read_results()[0])]
-    assert {twice.files[0].model for twice in compared if twice.over_compiled} >= {"pythia-2.8b", "pythia-6.9b"}
+    assert {twice.files[0].model for twice in compared if twice.over_compiled} >= {
+        *("pythia-160m", "pythia-2.8b", "pythia-6.9b", "pythia-12b", "llama-3.2-1b"),
+    }
     for twice in compared:
         for ratios in filter(None, (twice.over_floor, twice.over_compiled)):
             assert abs(change(ratios)) <= 0.05, f"{twice.files[1].path} at {twice.points[0].context}: {ratios}"
