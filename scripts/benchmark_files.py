@@ -46,6 +46,16 @@ class ResultFile:
         return times_of(self.data)
 
     @property
+    def contexts_left(self) -> list[int]:
+        """That were asked for and are not in the file, of a run that ended before its time, whether it knew or not."""
+        there = {point["context"] for point in self.data.get("contexts", ())}
+        return [context for context in self.data.get("asked_contexts", ()) if context not in there]
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.data.get("interrupted") and not self.contexts_left
+
+    @property
     def rank(self) -> tuple[int, str, str]:
         """Where it stands among files of its kind."""
         return (MODELS.index(self.model) if self.model in MODELS else len(MODELS), self.model, self.path.name)
@@ -53,7 +63,7 @@ class ResultFile:
 
 def read_results(root: Path = ROOT) -> tuple[list[ResultFile], list[Path]]:
     """Every result under `root`, and the JSON files there that are none that this page knows. Raises ValueError naming a
-    file that is no JSON."""
+    file that is no JSON, or lacks what every result says of itself."""
     found, others = [], []
     for path in sorted((root / RESULTS).glob("*.json")):
         name = path.relative_to(root)
@@ -63,7 +73,10 @@ def read_results(root: Path = ROOT) -> tuple[list[ResultFile], list[Path]]:
             raise ValueError(f"{name} is not JSON: {error}") from error
         kind = (data.get("benchmark") or data.get("evaluation")) if isinstance(data, dict) else None
         if kind in KINDS:
-            found.append(_result(name, kind, data))
+            try:
+                found.append(_result(name, kind, data))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(f"{name} is no result of {kind}: {error!r}") from error
         else:
             others.append(name)
     return sorted(found, key=lambda file: (KINDS.index(file.kind), file.rank)), others

@@ -135,6 +135,8 @@ def _decoding(file: ResultFile) -> str:
 def _not_in_it(file: ResultFile, missing: Sequence[str] = ()) -> str:
     """What a result lacks, as a paragraph; nothing for one that is whole."""
     missing = [*missing, *["the run was interrupted"] * bool(file.data.get("interrupted"))]
+    if left := file.contexts_left:
+        missing.append(f"what was to be measured at {', '.join(map(str, left))}")
     return f"Not in it: {'; '.join(missing)}.\n" if missing else ""
 
 
@@ -176,7 +178,7 @@ def _twice(results: Sequence[ResultFile]) -> list[str]:
             f"[{file.kind} {file.origin['source_digest'][:8]}]({_link(file.path)}) ({file.origin['date'][:10]})"
             for file in twice.files
         )
-        label = f"{full.model}, {full.times.dtype}: {links}"
+        label = f"{full.model}, {full.times.dtype}{', random weights' * full.random_weights}: {links}"
         rows.append([label, str(twice.points[0].context), *cells(twice.over_floor), *cells(twice.over_compiled)])
     if not rows:
         return []
@@ -336,7 +338,13 @@ def _losses(scored: dict[str, Any]) -> str:
     """Of a file of `perplexity`, or of that part of `bench full`'s."""
     names = {"decode": "ours, token by token", "prefill": "ours, prefill", "transformers": "transformers"}
     rows = [
-        [names[path], f"{loss['nats_per_token']:.6f}", f"{loss['perplexity']:.5f}", f"{loss['bits_per_byte']:.5f}"]
+        [
+            names[path],
+            *(
+                f"{float(loss[name]):{form}}"
+                for name, form in (("nats_per_token", ".6f"), ("perplexity", ".5f"), ("bits_per_byte", ".5f"))
+            ),
+        ]
         for path, loss in scored["losses"].items()
     ]
     made = table(["path", "nats/token", "perplexity", "bits/byte"], rows)
@@ -387,8 +395,8 @@ def _verified(file: ResultFile) -> str:
         )
         best = (
             f" Where they part, float64 has our token in {of_ours} and theirs in {of_theirs}, by a margin of at most "
-            f"{max(abs(each['margin']) for each in found):.1e}; our logits are off by at most {max(each['our_error'] for each in found):.1e} there, "
-            f"theirs by {max(each['their_error'] for each in found):.1e}."
+            f"{_largest(found, 'margin')}; our logits are off by at most {_largest(found, 'our_error')} there, theirs by "
+            f"{_largest(found, 'their_error')}."
         )
     return (
         f"{'Passed' if said['passed'] else '**Failed**'}: {said['identical_prompts']} of {said['prompts']} prompts (texts: {texts}, the rest "
@@ -398,9 +406,17 @@ def _verified(file: ResultFile) -> str:
     )
 
 
+def _largest(found: Sequence[dict[str, Any]], name: str) -> str:
+    """Of what divergences hold under a name, whatever its sign; what is no number of JSON is there as text."""
+    return f"{max(abs(float(each[name])) for each in found):.1e}"
+
+
 def _quality(file: ResultFile) -> str:
-    def cell(estimate: dict[str, float] | None) -> str:
-        return "–" if estimate is None else f"{estimate['mean']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+    def cell(estimate: dict[str, Any] | None) -> str:
+        if estimate is None:
+            return "–"
+        mean, low, high = (f"{float(estimate[name]):.3g}" for name in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
 
     measures = file.data["measures"]
     sides = ["ours", "rounded", "transformers", "difference"]

@@ -54,11 +54,12 @@ def readme_block(results: Sequence[ResultFile]) -> str:
 
 
 def _headline(results: Sequence[ResultFile]) -> list[ResultFile]:
-    """One for each model and dtype: rather one with torch.compile in it, rather a `full` than a `decode`, and rather a newer one;
-    layers where there is neither."""
+    """One for each model and dtype: rather one with torch.compile in it, rather a whole one, rather a `full` than a `decode`, and rather a
+    newer one; layers where there is neither."""
 
-    def rank(file: ResultFile) -> tuple[bool, bool, str]:
-        return any(COMPILED in point.peers for point in _points(file)), file.kind == "full", file.origin["date"]
+    def rank(file: ResultFile) -> tuple[bool, bool, bool, str]:
+        compiled = any(COMPILED in point.peers for point in _points(file))
+        return compiled, file.is_whole, file.kind == "full", file.origin["date"]
 
     for kinds in (DECODING, LAYERS):
         files = filter(_points, sorted(of_kind(results, *kinds), key=rank))
@@ -100,7 +101,7 @@ def _table(files: Sequence[ResultFile]) -> str:
         label = [file.model, file.times.dtype]
         label += ["random weights"] * (file.random_weights and not all_random)
         label += [device_of(file)] * (len(devices) > 1)
-        label += ["interrupted"] * bool(file.data.get("interrupted"))
+        label += ["interrupted"] * (not file.is_whole)
         marks = f", `{mode}`" * (mode != "model")
         marks += ", **tokens differ**" * any(each.get("differences") for each in file.data["contexts"])
         rows.append(
@@ -135,6 +136,6 @@ def _table(files: Sequence[ResultFile]) -> str:
         notes.append("Two ratios: between them lie those of single rounds, which differ by more than a twentieth.")
     if cool:
         notes.append(
-            "Where peers were measured, slow ones let the GPU cool between our runs; the page has longer contexts without them."
+            "Where peers were measured, slow ones let the GPU cool between our runs; the page's other contexts are without them."
         )
     return f"{table(heads, rows)}\n{' '.join(notes)}\n"

@@ -36,7 +36,7 @@ class Twice:
 
 
 def measured_twice(results: Sequence[ResultFile]) -> Iterator[Twice]:
-    """In the order of the files and their contexts."""
+    """In the order of the files and their contexts; what has no ratio in common is left out."""
     for full in of_kind(results, "full"):
         for decode in of_kind(results, "decode"):
             if _what(full) != _what(decode):
@@ -44,7 +44,9 @@ def measured_twice(results: Sequence[ResultFile]) -> Iterator[Twice]:
             again = {point.context: point for point in decode.times.points if MODE in point.ours}
             for point in full.times.points:
                 if MODE in point.ours and point.context in again:
-                    yield Twice((full, decode), (point, again[point.context]))
+                    twice = Twice((full, decode), (point, again[point.context]))
+                    if twice.over_floor or twice.over_compiled:
+                        yield twice
 
 
 def change(ratios: tuple[float, float]) -> float:
@@ -52,5 +54,6 @@ def change(ratios: tuple[float, float]) -> float:
     return ratios[1] / ratios[0] - 1
 
 
-def _what(file: ResultFile) -> tuple[str, bool, str, int]:
-    return file.model, file.random_weights, file.times.dtype, file.data["new_tokens"]
+def _what(file: ResultFile) -> tuple[str, str, str, int]:
+    """The model by its whole name, the device's name, the dtype, and how many tokens a loop makes."""
+    return file.data["model"]["name"], file.origin["device"]["name"], file.times.dtype, file.data["new_tokens"]

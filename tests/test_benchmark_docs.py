@@ -183,12 +183,18 @@ def test_what_was_measured_twice_stands_side_by_side(root: Path) -> None:
     put(root, "full.json", decoded("full", perplexity=None, no_perplexity="random"))
     again = decoded()
     again["contexts"] = [point for point in again["contexts"] if point["context"] != 512]
+    put(root, "on_another_device.json", decoded(device={"name": "Another"}))
     for point in again["contexts"]:
         point["modes"]["model"]["median_ms"] *= 1.1
     put(root, "decode.json", again)
     put(root, "of_another_length.json", decoded(new_tokens=8))
     put(root, "of_another_model.json", decoded(name="pythia-1b (random weights)"))
     put(root, "of_a_checkpoint.json", decoded(name="EleutherAI/pythia-2.8b"))
+    put(
+        root,
+        "of_anothers_checkpoint.json",
+        decoded("full", name="other/pythia-2.8b", perplexity=None, no_perplexity="random"),
+    )
     wide = decoded()
     wide["model"] = {**wide["model"], "dtype": "bfloat16"}
     put(root, "of_another_dtype.json", wide)
@@ -207,14 +213,13 @@ def test_what_was_measured_twice_stands_side_by_side(root: Path) -> None:
     rows = [line for line in said.partition("## Measured twice")[2].splitlines() if " and [decode" in line]
     first = rows[0].partition(" | ")[0]
     assert (
-        first.startswith("| pythia-2.8b, float16: [full 00000000](")
+        first.startswith("| pythia-2.8b, float16, random weights: [full 00000000](")
         and "full.json) (2026-11-24) and [decode 000" in first
     )
     ends = [row.partition(" | ")[2] for row in rows]
     assert ends == [
         "16 | 1.318 | 1.449 | +10.0% | – | – | – |",
         "1024 | 1.328 | 1.461 | +10.0% | 2.665 | 2.423 | -9.1% |",
-        "16 | – | – | – | – | – | – |",
         "1024 | – | – | – | 2.665 | 2.665 | +0.0% |",
     ]
 
@@ -250,6 +255,42 @@ def test_what_a_result_lacks_is_said(root: Path) -> None:
     assert "99 tokens scored: a text.\n\nNot in it: the run was interrupted." in said
     assert "9 positions: words.\n\nNot in it: the run was interrupted." in said
     assert "Not in it: transformers at prompt 16: out of memory; the run was interrupted." in said
+
+
+def test_contexts_that_a_run_did_not_come_to_are_named(root: Path) -> None:
+    """Also where it was killed, and could not say so."""
+    killed = decoded("full", perplexity=None, no_perplexity="not measured yet")
+    del killed["contexts"][1:]
+    put(root, "full.json", killed)
+    assert "; what was to be measured at 512, 1024.\n" in page(*read_results(root))
+
+
+def test_numbers_that_json_lacks(root: Path) -> None:
+    losses = {path: dict.fromkeys(loss, "inf") for path, loss in LOSSES.items()}
+    put(root, "perplexity.json", evaluated("perplexity", **(SCORED | {"losses": losses})))
+    estimate = {"mean": "nan", "low": 0.125, "high": "inf"}
+    measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None}}
+    put(root, "quality.json", evaluated("quality", measures=measures, positions=9, source="words"))
+    summary = {"passed": False, "identical_prompts": 0, "prompts": 1, "divergences": {"error": 2}, "bit_differences": 0}
+    summary |= {"same_tokens": 1, "compared_tokens": 2}
+    parted: list[Any] = [divergence(1, 0.1, 0.2, 0.3), divergence(1, 0.1, 0.2, 0.3) | {"their_error": "inf"}]
+    verified = {"summary": summary, "prompts": [{"text": None, "divergences": parted}], "tokens": 8, "runs": 2}
+    put(root, "verify.json", evaluated("verify", **verified, modes=[{"name": "model"}]))
+    said = page(*read_results(root))
+    assert "| ours, token by token | inf | inf | inf |" in said
+    assert "| kl_nats | nan [0.125, inf] | nan [0.125, inf] | – |" in said
+    assert "off by at most 2.0e-01 there, theirs by inf." in said
+
+
+@pytest.mark.parametrize("field", ["source_digest", "device", "model"])
+def test_a_file_that_lacks_what_all_say_is_named(root: Path, capsys: pytest.CaptureFixture[str], field: str) -> None:
+    data = decoded()
+    data[field] = None
+    if field != "model":
+        del data[field]
+    put(root, "decode.json", data)
+    assert benchmark_docs.main([], root) == 1
+    assert f"benchmark_docs: {RESULTS}/decode.json is no result of decode: " in capsys.readouterr().err
 
 
 @needs_matplotlib

@@ -25,7 +25,7 @@ def block(root: Path, **files: dict[str, Any]) -> str:
 def made(name: str = RANDOM_MODEL, contexts: tuple[int, ...] = (16, 512, 1024), **more: Any) -> dict[str, Any]:
     data = decoded("full", name, **more)
     data["contexts"] = [each for each in data["contexts"] if each["context"] in contexts]
-    return data
+    return data | {"asked_contexts": list(contexts)}
 
 
 def rows(said: str) -> list[str]:
@@ -97,6 +97,15 @@ def test_a_file_for_each_model_and_dtype(tmp_path: Path) -> None:
 def test_a_file_beside_torch_compile_comes_first(tmp_path: Path) -> None:
     said = block(tmp_path, full=made(contexts=(16, 512), date="2026-11-26"), decode=decoded())
     assert rows(said)[0].endswith("| 4.000 | 2.67x | [00000000](benchmarks/results/h200/decode.json) |")
+
+
+def test_a_whole_file_comes_before_a_newer_one_that_is_not(tmp_path: Path) -> None:
+    newer = {"date": "2026-11-26"}
+    ended = made(**newer)
+    del ended["contexts"][0]  # as one that was killed leaves it
+    said = block(tmp_path, whole=made(), interrupted=made(interrupted=True, **newer), killed=ended)
+    assert rows(said)[0].endswith("/whole.json) |") and "interrupted" not in said
+    assert rows(block(tmp_path / "alone", killed=ended))[0].startswith("| pythia-2.8b, float16, interrupted |")
 
 
 def test_rows_that_are_not_alike_say_so(tmp_path: Path) -> None:

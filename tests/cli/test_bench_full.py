@@ -64,6 +64,7 @@ def test_without_a_model_it_runs_the_demo_and_says_what_is_missing(
         (("demo", "--plots", "/no/such/folder"), "--plots is '/no/such/folder', where nothing can be written"),
         (("demo", "--plots", "/proc/folder"), "--plots is '/proc/folder', where nothing can be written"),
         (("demo", "--text", "text-and-json", "--json", "text-and-json"), "which --text is too; each needs a file"),
+        (("demo", "--json", "one", "--plots", "one"), "--plots is 'one', which --json is too"),
         (("demo", "--json", "/no/such/folder/x"), "it must name a file in a folder that exists"),
     ],
 )

@@ -99,7 +99,7 @@ def full(
     status 3 if tokens of our modes differ."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
-    check_apart({"--text": text, "--json": json_file, "--markdown": markdown})
+    check_apart({"--text": text, "--json": json_file, "--markdown": markdown, "--plots": plots})
     check_folder(plots, "--plots")
     from clusterfusion.bench import plots as drawing
     from clusterfusion.bench.full.options import text_options, text_options_for
