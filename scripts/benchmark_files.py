@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,31 @@ def read_results(root: Path = ROOT) -> tuple[list[ResultFile], list[Path]]:
         name = path.relative_to(root)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{name} is not JSON: {error}") from error
         kind = (data.get("benchmark") or data.get("evaluation")) if isinstance(data, dict) else None
         if kind in KINDS:
-            try:
+            with named(name, kind):
                 found.append(_result(name, kind, data))
-            except (AttributeError, KeyError, TypeError) as error:
-                raise ValueError(f"{name} is no result of {kind}: {error!r}") from error
         else:
             others.append(name)
     return sorted(found, key=lambda file: (KINDS.index(file.kind), file.rank)), others
 
 
+@contextlib.contextmanager
+def named(path: Path, kind: str) -> Iterator[None]:
+    """Turns whatever a file's values do to who reads them into a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no result of {kind}: {error!r}") from error
+
+
 def _result(path: Path, kind: str, data: dict[str, Any]) -> ResultFile:
     origin = data.get("facts", data)
     model = data.get("model", {})
+    if not all(isinstance(origin[field], str) for field in ("source_digest", "command", "date")):
+        raise TypeError("its source_digest, command and date are not all text")
     name = str(origin["model"] if "facts" in data else model.get("shape") or model.get("name", ""))
     return ResultFile(
         path=path,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_files import COMPILED, EAGER, MODELS, RESULTS, ResultFile, of_kind
+from benchmark_files import COMPILED, EAGER, MODELS, RESULTS, ResultFile, named, of_kind
 from benchmark_text import HEAD, LIMITS, METHOD, TWICE
 from benchmark_twice import change, measured_twice
 from seed_commands import SEED_COMMANDS
@@ -66,8 +66,12 @@ def figure_name(file: ResultFile, plot: str) -> Path:
     return FIGURES / f"{file.path.stem}_{plot}.svg"
 
 
-def _section(files: Sequence[ResultFile], without: str, one: Any) -> Iterable[str]:
-    return [one(file) for file in files] if files else [without]
+def _section(files: Sequence[ResultFile], without: str, one: Callable[[ResultFile], str]) -> Iterator[str]:
+    for file in files:
+        with named(file.path, file.kind):
+            yield one(file)
+    if not files:
+        yield without
 
 
 def _matrix(results: Sequence[ResultFile]) -> str:
@@ -378,7 +382,8 @@ def _output(results: Sequence[ResultFile]) -> str:
     parts = [f"`verify`: {RULE[0].lower()}{RULE[1:]}\n"] if of_kind(files, "verify") else []
     for file in files:
         parts.append(f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n")
-        parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
+        with named(file.path, file.kind):
+            parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
     return "\n".join(part for part in parts if part)
 
 
@@ -407,8 +412,8 @@ def _verified(file: ResultFile) -> str:
 
 
 def _largest(found: Sequence[dict[str, Any]], name: str) -> str:
-    """Of what divergences hold under a name, whatever its sign; what is no number of JSON is there as text."""
-    return f"{max(abs(float(each[name])) for each in found):.1e}"
+    """Of what divergences hold under a name, whatever its sign; what is no number of JSON is there as text, and nan is the largest."""
+    return f"{max((abs(float(each[name])) for each in found), key=lambda value: (value != value, value)):.1e}"
 
 
 def _quality(file: ResultFile) -> str:

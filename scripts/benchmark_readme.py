@@ -136,6 +136,6 @@ def _table(files: Sequence[ResultFile]) -> str:
         notes.append("Two ratios: between them lie those of single rounds, which differ by more than a twentieth.")
     if cool:
         notes.append(
-            "Where peers were measured, slow ones let the GPU cool between our runs; the page's other contexts are without them."
+            "Where peers were measured, slow ones let the GPU cool between our runs; most of the page's other contexts are without them."
         )
     return f"{table(heads, rows)}\n{' '.join(notes)}\n"

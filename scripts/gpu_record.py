@@ -6,8 +6,8 @@ Continuous integration has no GPU. This record is its evidence: tests/test_gpu_r
 decides what runs on the GPU differs from the one the record was made with. The record may be made on another machine
 and copied back. Nothing is written if a test failed or none passed. With a journal, a run that was interrupted, or in which a test
 failed, is taken up again: tests that have passed on the same sources, device and versions are not run again. Since an earlier record of
-the same device and versions, with whose sources only files of tests have changed, only these files are run, and the new record says which
-ones it has taken over, and from when.
+the same device, versions and package, only files of tests that have changed are run, and the new record says which ones it has taken
+over, and from when.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import record_since
 import run_journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,14 +60,17 @@ SOURCES = (
     "tests/tiny_models.py",
 )
 
+# What else GPU tests run or are run by. A change there leaves a record what it is, but nothing is taken over from it.
+BESIDES = ("pyproject.toml", "src/clusterfusion/**/*", "tests/conftest.py", "tests/bench/**/*.py")
+
 OLDEST_CAPABILITY = (9, 0)
 NO_TESTS_LEFT = 5  # pytest's exit status
 PACKAGES = ("cuda-bindings", "cuda-core", "numpy", "nvidia-cuda-cccl", "pytest", "torch", "transformers")
 
 
-def source_digests(root: Path) -> dict[str, str]:
-    """The sha256 of each file that SOURCES name under `root`, by its path from there. Caches do not count."""
-    files = {path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}
+def source_digests(root: Path, patterns: Sequence[str] = SOURCES) -> dict[str, str]:
+    """The sha256 of each file that `patterns` name under `root`, by its path from there. Caches do not count."""
+    files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     names = (path.relative_to(root) for path in files)
     kept = (name for name in names if not any(p == "__pycache__" or p.startswith(".") for p in name.parts))
     return {name.as_posix(): hashlib.sha256((root / name).read_bytes()).hexdigest() for name in sorted(kept)}
@@ -100,6 +103,8 @@ def complaints(record: Mapping[str, Any], current: Mapping[str, str]) -> list[st
         found.append(f"no GPU test passed ({counts['skipped']} were skipped)")
     if record["digest"] != digest(record["sources"]):
         found.append("its digest is not that of the sources it lists")
+    if counts != total(record["files"]):
+        found.append("its counts are not those of the files it lists")
     return found + changes(record["sources"], current)
 
 
@@ -180,29 +185,6 @@ def with_earlier(files: Mapping[str, Mapping[str, int]], earlier: Iterable[str])
     return dict(sorted(found.items()))
 
 
-def still_hold(earlier: Mapping[str, Any], sources: Mapping[str, str], root: Path) -> list[str]:
-    """The files of tests whose results in the record `earlier` are those of `sources` too: nothing has changed but other files of
-    tests, and nothing that these are imported by."""
-    if complaints(earlier, earlier["sources"]):
-        return []
-    spoiled = {
-        path for path in earlier["sources"].keys() | sources.keys() if earlier["sources"].get(path) != sources.get(path)
-    }
-    if not all(re.fullmatch(r"tests/gpu/(\w+/)*test_\w+\.py", path) for path in spoiled):
-        return []
-    texts = {path: (root / path).read_text(encoding="utf-8") for path in earlier["files"] if path in sources}
-    while True:
-        names = "|".join(Path(path).stem for path in spoiled) or "$^"
-        importers = {
-            path
-            for path, text in texts.items()
-            if re.search(rf"^\s*(from|import)\b.*\b({names})\b", text, re.MULTILINE)
-        }
-        if importers <= spoiled:
-            return sorted(texts.keys() - spoiled)
-        spoiled |= importers
-
-
 def run_tests(
     processes: int, journal: Path | None = None, left_out: Sequence[str] = ()
 ) -> tuple[int, dict[str, dict[str, int]], float]:
@@ -227,6 +209,22 @@ def run_tests(
     return status, files, time.monotonic() - began
 
 
+def take_over(path: Path, now: Mapping[str, Any], failed: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The earlier record and the files of tests whose results are taken over from it; says which, or why none. Exits where `path` holds no
+    record that stands."""
+    try:
+        earlier = record_since.read_record(path)
+    except ValueError as error:
+        sys.exit(f"gpu_record: --since is {str(path)!r}, which is no record that stands: {error}")
+    if found := complaints(earlier, earlier["sources"]):
+        sys.exit(f"gpu_record: --since is {str(path)!r}, which is no record that stands: {'; '.join(found)}")
+    reason = record_since.why_nothing_holds(earlier, now)
+    kept = [] if reason else record_since.what_holds(earlier, now["sources"], ROOT, failed)
+    said = ", ".join(kept) or f"nothing ({reason or 'every file of tests changed, or names one that did'})"
+    print(f"gpu_record: taken over from {path}: {said}", flush=True)
+    return earlier, kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the GPU tests and record that they passed.")
     parser.add_argument("--output", type=Path, default=ROOT / RECORD, help=f"the record (default: {RECORD})")
@@ -241,29 +239,39 @@ def main() -> None:
     if reason := why_no_gpu():
         sys.exit(f"gpu_record: {reason}; a record needs an NVIDIA GPU of compute capability 9.0 or newer")
     sources = source_digests(ROOT)
+    now = {
+        "device": device_facts(),
+        "versions": version_facts(),
+        "sources": sources,
+        "besides": digest(source_digests(ROOT, BESIDES)),
+    }
     journal: Path | None = arguments.journal
-    earlier: list[str] = []
+    ends: dict[str, str] = {}
     if journal is not None:
-        ran_on = {"digest": digest(sources), "device": device_facts(), "versions": version_facts()}
-        earlier = [test for test, outcome in run_journal.begin(journal, ran_on).items() if outcome == "passed"]
-    since: dict[str, Any] = json.loads(arguments.since.read_text(encoding="utf-8")) if arguments.since else {}
+        ran_on = {"digest": digest(sources), "device": now["device"], "versions": now["versions"]}
+        ends = run_journal.begin(journal, ran_on)
+    earlier = [test for test, end in ends.items() if end == "passed"]
+    since: dict[str, Any] = {}
     kept: list[str] = []
-    if since and (since["device"], since["versions"]) == (device_facts(), version_facts()):
-        kept = still_hold(since, sources, ROOT)
-    status, files, seconds = run_tests(arguments.processes, journal, kept)
-    files = with_earlier(files, earlier) | {path: since["files"][path] for path in kept}
+    if arguments.since:
+        failed = {test.partition("::")[0] for test, end in ends.items() if end == "failed"}
+        since, kept = take_over(arguments.since, now, failed)
+    status, ran, seconds = run_tests(arguments.processes, journal, kept)
+    if both := sorted(ran.keys() & set(kept)):
+        sys.exit(
+            f"gpu_record: no record written: tests of {', '.join(both)} run in other files too; run without --since"
+        )
+    files = with_earlier(ran, earlier) | {path: since["files"][path] for path in kept}
     if status == NO_TESTS_LEFT and (earlier or kept):
         status = 0
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(COMMAND),
-        "device": device_facts(),
-        "versions": version_facts(),
+        **now,
         "duration_s": round(seconds, 1),
         "counts": total(files),
         "files": files,
-        "taken_over": {path: since.get("taken_over", {}).get(path, since["date"]) for path in kept},
-        "sources": sources,
+        "taken_over": {path: since["taken_over"].get(path, since["date"]) for path in kept},
         "digest": digest(sources),
     }
     found = complaints(record, source_digests(ROOT))
@@ -275,8 +283,6 @@ def main() -> None:
     output.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if journal is not None:
         journal.unlink()
-    if kept:
-        print(f"gpu_record: taken over from {arguments.since}: {', '.join(kept)}")
     print(f"gpu_record: {record['counts']} on {record['device']}, written to {output}")
 
 

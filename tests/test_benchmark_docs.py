@@ -198,17 +198,14 @@ def test_what_was_measured_twice_stands_side_by_side(root: Path) -> None:
     wide = decoded()
     wide["model"] = {**wide["model"], "dtype": "bfloat16"}
     put(root, "of_another_dtype.json", wide)
-    for name, dtype in (
-        ("full_one.json", "float32"),
-        ("decode_other.json", "float32"),
-    ):  # without a floor; without our mode at 512
-        data = decoded(name.partition("_")[0], perplexity=None, no_perplexity="random")
-        data["model"] = {**data["model"], "dtype": dtype}
+    for kind, without in (("full", 0), ("decode", 1)):  # without a floor; at 16 or at 512 without our mode
+        data = decoded(kind, perplexity=None, no_perplexity="random")
+        data["model"] = {**data["model"], "dtype": "float32"}
         for point in data["contexts"]:
             point["floor_ms"] = None
-        if name.startswith("decode"):
-            del data["contexts"][1]["modes"]["model"]
-        put(root, name, data)
+            point["peers"] = data["contexts"][2]["peers"]
+        del data["contexts"][without]["modes"]["model"]
+        put(root, f"{kind}_without.json", data)
     said = page(*read_results(root))
     rows = [line for line in said.partition("## Measured twice")[2].splitlines() if " and [decode" in line]
     first = rows[0].partition(" | ")[0]
@@ -273,24 +270,34 @@ def test_numbers_that_json_lacks(root: Path) -> None:
     put(root, "quality.json", evaluated("quality", measures=measures, positions=9, source="words"))
     summary = {"passed": False, "identical_prompts": 0, "prompts": 1, "divergences": {"error": 2}, "bit_differences": 0}
     summary |= {"same_tokens": 1, "compared_tokens": 2}
-    parted: list[Any] = [divergence(1, 0.1, 0.2, 0.3), divergence(1, 0.1, 0.2, 0.3) | {"their_error": "inf"}]
+    parted: list[Any] = [
+        divergence(1, 0.1, 0.2, 0.3),
+        divergence(1, 0.1, 0.2, 0.3) | {"their_error": "inf", "our_error": "nan"},
+    ]
     verified = {"summary": summary, "prompts": [{"text": None, "divergences": parted}], "tokens": 8, "runs": 2}
     put(root, "verify.json", evaluated("verify", **verified, modes=[{"name": "model"}]))
     said = page(*read_results(root))
     assert "| ours, token by token | inf | inf | inf |" in said
     assert "| kl_nats | nan [0.125, inf] | nan [0.125, inf] | – |" in said
-    assert "off by at most 2.0e-01 there, theirs by inf." in said
+    assert "off by at most nan there, theirs by inf." in said
 
 
-@pytest.mark.parametrize("field", ["source_digest", "device", "model"])
-def test_a_file_that_lacks_what_all_say_is_named(root: Path, capsys: pytest.CaptureFixture[str], field: str) -> None:
+@pytest.mark.parametrize("field", ["source_digest", "device", "model", "contexts", "runs", "left_out"])
+def test_a_file_that_lacks_something_is_named(root: Path, capsys: pytest.CaptureFixture[str], field: str) -> None:
     data = decoded()
-    data[field] = None
-    if field != "model":
-        del data[field]
-    put(root, "decode.json", data)
+    for spoiled in ({**data, field: None}, {name: value for name, value in data.items() if name != field}):
+        put(root, "decode.json", spoiled)
+        assert benchmark_docs.main([], root) == 1
+        assert f"benchmark_docs: {RESULTS}/decode.json is no result of decode: " in capsys.readouterr().err
+
+
+def test_other_files_are_named_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(root, "verify.json", evaluated("verify"))
+    assert benchmark_docs.main(["--check"], root) == 1
+    assert f"{RESULTS}/verify.json is no result of verify: KeyError('summary')" in capsys.readouterr().err
+    (root / RESULTS / "folder.json").mkdir()
     assert benchmark_docs.main([], root) == 1
-    assert f"benchmark_docs: {RESULTS}/decode.json is no result of decode: " in capsys.readouterr().err
+    assert f"{RESULTS}/folder.json is not JSON: " in capsys.readouterr().err
 
 
 @needs_matplotlib

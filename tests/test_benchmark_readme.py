@@ -75,7 +75,7 @@ def test_our_fastest_mode_is_named_where_it_is_not_model(tmp_path: Path) -> None
 
 
 def test_a_file_for_each_model_and_dtype(tmp_path: Path) -> None:
-    """The newest of a kind, whatever its name, and whole runs before `bench decode`."""
+    """The newest of a kind, whatever its name, and `bench full` before `bench decode`."""
     half = made()
     half["model"] = {**half["model"], "dtype": "bfloat16"}
     said = block(
@@ -95,7 +95,7 @@ def test_a_file_for_each_model_and_dtype(tmp_path: Path) -> None:
 
 
 def test_a_file_beside_torch_compile_comes_first(tmp_path: Path) -> None:
-    said = block(tmp_path, full=made(contexts=(16, 512), date="2026-11-26"), decode=decoded())
+    said = block(tmp_path, full=made(contexts=(16, 512), date="2026-11-26"), decode=decoded(interrupted=True))
     assert rows(said)[0].endswith("| 4.000 | 2.67x | [00000000](benchmarks/results/h200/decode.json) |")
 
 
@@ -103,7 +103,7 @@ def test_a_whole_file_comes_before_a_newer_one_that_is_not(tmp_path: Path) -> No
     newer = {"date": "2026-11-26"}
     ended = made(**newer)
     del ended["contexts"][0]  # as one that was killed leaves it
-    said = block(tmp_path, whole=made(), interrupted=made(interrupted=True, **newer), killed=ended)
+    said = block(tmp_path, whole=decoded(), interrupted=made(interrupted=True, **newer), killed=ended)
     assert rows(said)[0].endswith("/whole.json) |") and "interrupted" not in said
     assert rows(block(tmp_path / "alone", killed=ended))[0].startswith("| pythia-2.8b, float16, interrupted |")
 

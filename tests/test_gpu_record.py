@@ -84,8 +84,10 @@ def write(path: Path, text: str) -> None:
 
 def record_for(tree: Path, **counts: int) -> dict[str, Any]:
     sources = gpu_record.source_digests(tree)
+    made = {"passed": 3, "failed": 0, "skipped": 0} | counts
     return {
-        "counts": {"passed": 3, "failed": 0, "skipped": 0} | counts,
+        "counts": made,
+        "files": {"tests/gpu/test_step.py": made},
         "sources": sources,
         "digest": gpu_record.digest(sources),
     }
@@ -135,6 +137,12 @@ def test_digest_must_match_its_own_list(tree: Path) -> None:
     record = record_for(tree) | {"digest": "0" * 64}
     found = gpu_record.complaints(record, gpu_record.source_digests(tree))
     assert found == ["its digest is not that of the sources it lists"]
+
+
+def test_counts_must_be_those_of_the_files(tree: Path) -> None:
+    record = record_for(tree) | {"counts": {"passed": 4, "failed": 0, "skipped": 0}}
+    found = gpu_record.complaints(record, gpu_record.source_digests(tree))
+    assert found == ["its counts are not those of the files it lists"]
 
 
 def test_every_glob_reaches_its_file(tmp_path: Path) -> None:
@@ -207,64 +215,185 @@ def pretend(
     monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(folder / "record.json")])
 
 
+# -- what is taken over from an earlier record -------------------------------------------------------------------------
+
+ONE = {"passed": 1, "failed": 0, "skipped": 0}
+
+
 @pytest.fixture
-def three_files(tree: Path) -> Path:
-    """tests/gpu/test_step.py, and two of which one imports the other."""
+def files(tree: Path) -> Path:
+    """tests/gpu/test_step.py, and three of which one names the next."""
     write(tree / "tests/gpu/test_base.py", "def helper(): ...\n")
-    write(tree / "tests/gpu/test_user.py", "import os\nfrom gpu.test_base import (\n    helper,\n)\n")
+    write(tree / "tests/gpu/test_user.py", "from gpu import (\n    test_base,\n)\n")
+    write(tree / "tests/gpu/deep/test_last.py", "import importlib\nimportlib.import_module('gpu.test_user')\n")
+    write(tree / "tests/tiny_models.py", "one\n")
+    write(tree / "pyproject.toml", "one\n")
+    write(tree / "tests/conftest.py", "one\n")
+    write(tree / "src/clusterfusion/bench/verify.py", "one\n")
     return tree
 
 
+def paths(*names: str) -> list[str]:
+    return [f"tests/gpu/{name}.py" for name in names]
+
+
 def earlier_record(tree: Path) -> dict[str, Any]:
-    names = ("test_base", "test_step", "test_user")
-    files = {f"tests/gpu/{name}.py": {"passed": 1, "failed": 0, "skipped": 0} for name in names}
-    return record_for(tree) | {"files": files, "date": "2026-11-30", "device": {"name": "a GPU"}, "versions": {}}
+    found = {path: dict(ONE) for path in paths("deep/test_last", "test_base", "test_step", "test_user")}
+    counts = {"passed": 4, "failed": 0, "skipped": 0}
+    besides = gpu_record.digest(gpu_record.source_digests(tree, gpu_record.BESIDES))
+    facts = {"date": "2026-11-30", "device": {"name": "a GPU"}, "versions": {}, "besides": besides}
+    return record_for(tree) | {"files": found, "counts": counts} | facts
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch, files: Path) -> Callable[..., dict[str, Any] | None]:
+    """Makes an earlier record, changes something, and makes another since that one. What came of it, with "left_out" beside it: what pytest
+    was not to run. None if there is no record."""
+
+    def make(
+        change: Callable[[], object] = lambda: None, earlier: Any = None, ran: dict[str, dict[str, int]] | None = None,
+        status: int = 0, journal: Path | None = None,
+    ) -> dict[str, Any] | None:  # fmt: skip
+        write(files / "earlier.json", json.dumps(earlier_record(files) if earlier is None else earlier))
+        change()
+        seen: list[str] = []
+
+        def run(
+            processes: int, journal: Path | None, left_out: list[str]
+        ) -> tuple[int, dict[str, dict[str, int]], float]:
+            seen[:] = left_out
+            now = [path for path in gpu_record.source_digests(files) if path.startswith("tests/gpu/test_")]
+            return status, {path: dict(ONE) for path in now if path not in left_out} if ran is None else ran, 1.0
+
+        pretend(monkeypatch, files, None, 0, {})
+        monkeypatch.setattr(gpu_record, "run_tests", run)
+        monkeypatch.setattr(gpu_record, "ROOT", files)
+        output = files / "record.json"
+        output.unlink(missing_ok=True)
+        options = ["--output", str(output), "--since", str(files / "earlier.json")]
+        options += ["--journal", str(journal)] * (journal is not None)
+        monkeypatch.setattr("sys.argv", ["gpu_record.py", *options])
+        gpu_record.main()
+        return json.loads(output.read_text(encoding="utf-8")) | {"left_out": seen}
+
+    return make
+
+
+EVERY = ("deep/test_last", "test_base", "test_step", "test_user")
 
 
 @pytest.mark.parametrize(
     ("changed", "kept"),
     [
-        ("tests/gpu/test_step.py", ["test_base", "test_user"]),
-        ("tests/gpu/test_base.py", ["test_step"]),
-        ("tests/gpu/test_new.py", ["test_base", "test_step", "test_user"]),
-        ("tests/gpu/conftest.py", []),
-        ("tests/tiny_models.py", []),
-        ("src/clusterfusion/ops.py", []),
+        ("tests/gpu/test_step.py", ("deep/test_last", "test_base", "test_user")),
+        ("tests/gpu/test_base.py", ("test_step",)),
+        ("tests/gpu/test_user.py", ("test_base", "test_step")),
+        ("tests/gpu/deep/test_last.py", ("test_base", "test_step", "test_user")),
+        ("tests/gpu/test_new.py", EVERY),
+        ("tests/gpu/conftest.py", ()),
+        ("tests/tiny_models.py", ()),
+        ("src/clusterfusion/ops.py", ()),
+        ("src/clusterfusion/bench/verify.py", ()),
+        ("tests/conftest.py", ()),
+        ("pyproject.toml", ()),
+        ("tests/bench/records.py", ()),
+        ("README.md", EVERY),
     ],
 )
-def test_what_holds_still_since_a_record(three_files: Path, changed: str, kept: list[str]) -> None:
-    earlier = earlier_record(three_files)
-    write(three_files / changed, "two\n")
-    sources = gpu_record.source_digests(three_files)
-    assert gpu_record.still_hold(earlier, sources, three_files) == [f"tests/gpu/{name}.py" for name in kept]
-    earlier["counts"]["failed"] = 1
-    assert gpu_record.still_hold(earlier, sources, three_files) == []
+def test_what_holds_still(
+    files: Path, record: Callable[..., Any], capsys: pytest.CaptureFixture[str], changed: str, kept: tuple[str, ...]
+) -> None:
+    made = record(lambda: write(files / changed, "two\n"))
+    assert made["left_out"] == sorted(made["taken_over"]) == paths(*kept)
+    assert set(made["taken_over"].values()) <= {"2026-11-30"}
+    assert gpu_record.complaints(made, gpu_record.source_digests(files)) == []
+    said = capsys.readouterr().out
+    assert ("taken over from" in said) and ("nothing (" in said) == (not kept)
+    if changed in ("tests/gpu/conftest.py", "tests/tiny_models.py", "src/clusterfusion/ops.py"):
+        assert f"nothing (changed since: {changed})" in said
 
 
-def test_only_what_has_changed_is_run_again(monkeypatch: pytest.MonkeyPatch, three_files: Path) -> None:
-    earlier = earlier_record(three_files) | {"taken_over": {"tests/gpu/test_user.py": "2026-11-29"}}
-    write(three_files / "earlier.json", json.dumps(earlier))
-    write(three_files / "tests/gpu/test_step.py", "two\n")
-    seen: list[Any] = []
+@pytest.mark.parametrize("gone", ["tests/gpu/test_base.py", "src/clusterfusion/ops.py"])
+def test_what_is_gone_is_a_change(files: Path, record: Callable[..., Any], gone: str) -> None:
+    made = record((files / gone).unlink)
+    assert made["left_out"] == (paths("test_step") if "test_base" in gone else [])
 
-    def run(processes: int, journal: Path | None, left_out: list[str]) -> tuple[int, dict[str, dict[str, int]], float]:
-        seen[:] = left_out
-        return 0, {"tests/gpu/test_step.py": {"passed": 5, "failed": 0, "skipped": 0}}, 1.0
 
-    pretend(monkeypatch, three_files, None, 0, {})
-    monkeypatch.setattr(gpu_record, "run_tests", run)
-    monkeypatch.setattr(gpu_record, "ROOT", three_files)
-    since = ["--since", str(three_files / "earlier.json")]
-    monkeypatch.setattr("sys.argv", ["gpu_record.py", "--output", str(three_files / "record.json"), *since])
-    gpu_record.main()
-    record = json.loads((three_files / "record.json").read_text(encoding="utf-8"))
-    assert seen == ["tests/gpu/test_base.py", "tests/gpu/test_user.py"]
-    assert record["counts"] == {"passed": 7, "failed": 0, "skipped": 0}
-    assert record["taken_over"] == {"tests/gpu/test_base.py": "2026-11-30", "tests/gpu/test_user.py": "2026-11-29"}
-    assert gpu_record.complaints(record, gpu_record.source_digests(three_files)) == []
-    monkeypatch.setattr(gpu_record, "device_facts", lambda: {"name": "another"})
-    gpu_record.main()
-    assert seen == [], "of another device nothing is taken over, and all is run"
+@pytest.mark.parametrize("field", ["device", "versions"])
+def test_of_another_machine_nothing_is_taken_over(files: Path, record: Callable[..., Any], field: str) -> None:
+    assert record(earlier=earlier_record(files) | {field: {"name": "another"}})["left_out"] == []
+
+
+def test_a_file_named_by_what_all_tests_share_spoils_all(files: Path, record: Callable[..., Any]) -> None:
+    write(files / "tests/tiny_models.py", "import gpu.test_step\n")
+    assert record(lambda: write(files / "tests/gpu/test_step.py", "two\n"))["left_out"] == []
+
+
+def test_everything_may_be_taken_over_and_keeps_its_date(files: Path, record: Callable[..., Any]) -> None:
+    earlier = earlier_record(files) | {"taken_over": {"tests/gpu/test_user.py": "2026-11-29"}}
+    made = record(earlier=earlier, ran={}, status=gpu_record.NO_TESTS_LEFT)
+    assert made["counts"] == {"passed": 4, "failed": 0, "skipped": 0}
+    assert made["taken_over"].pop("tests/gpu/test_user.py") == "2026-11-29"
+    assert set(made["taken_over"].values()) == {"2026-11-30"} and len(made["taken_over"]) == 3
+
+
+def test_what_failed_in_the_journal_is_run_again(files: Path, record: Callable[..., Any]) -> None:
+    journal = files / "journal"
+    ran_on = {
+        "digest": gpu_record.digest(gpu_record.source_digests(files)),
+        "device": {"name": "a GPU"},
+        "versions": {},
+    }
+    run_journal.begin(journal, ran_on)
+    ends = {"test_step.py::a": "failed", "test_base.py::b": "passed", "test_user.py::c": "skipped"}
+    with journal.open("a", encoding="utf-8") as lines:
+        for test, end in ends.items():
+            lines.write(json.dumps({"test": f"tests/gpu/{test}", "outcome": end}) + "\n")
+    made = record(journal=journal)
+    assert made["left_out"] == paths("deep/test_last", "test_base", "test_user")
+    assert made["counts"]["passed"] == 4, "one passed earlier, in a file that is taken over: it counts once"
+
+
+def test_tests_that_run_in_two_files_cannot_be_taken_over(record: Callable[..., Any]) -> None:
+    with pytest.raises(SystemExit, match="tests of tests/gpu/test_base.py run in other files too; run without --since"):
+        record(ran={"tests/gpu/test_base.py": dict(ONE)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda record: record.pop("date"), "it has no date"),
+        (lambda record: record.update(files=[]), "it has no files"),
+        (lambda record: record.update(taken_over=None), "what it has taken over is not among its files"),
+        (lambda record: record["files"]["tests/gpu/test_base.py"].pop("skipped"), "test_base.py in it is no file of GPU tests"),
+        (lambda record: record["files"].update({"src/ops.py": dict(ONE)}), "src/ops.py in it is no file of GPU tests"),
+        (lambda record: record["counts"].update(passed=9999), "its counts are not those of the files it lists"),
+        (lambda record: record.update(digest="0" * 64), "its digest is not that of the sources it lists"),
+    ],
+)  # fmt: skip
+def test_what_is_no_record_is_said_before_anything_runs(
+    files: Path, record: Callable[..., Any], spoil: Callable[[dict[str, Any]], object], expected: str
+) -> None:
+    earlier = earlier_record(files)
+    spoil(earlier)
+    with pytest.raises(SystemExit, match=expected):
+        record(earlier=earlier)
+    with pytest.raises(SystemExit, match="another kind of JSON"):
+        record(earlier=[])
+    with pytest.raises(SystemExit, match="it cannot be read"):
+        record((files / "earlier.json").unlink)
+
+
+def test_pytest_leaves_out_what_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    gpu_record.run_tests(1, None, paths("test_a", "deep/test_b"))
+    assert commands[0][-2:] == ["--ignore=tests/gpu/test_a.py", "--ignore=tests/gpu/deep/test_b.py"]
 
 
 PROBE = """

@@ -118,6 +118,14 @@ def test_compiled_code_is_compiled_and_recorded_when_it_is_made(monkeypatch: pyt
         assert hasattr(written, "_dynamo_static_input_type")
 
 
+def test_an_older_pytorch_compiles_nothing_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    engine = load(random_weights=GPT_NEOX, device="cpu", dtype="float32")
+    with pytest.raises(AttributeError, match="set_stance"):
+        PeerLoops(engine.weights).make(COMPILED, [1, 2, 3], 2)
+
+
 def test_a_missing_transformers_is_every_peers_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(weights: Any) -> None:
         raise ImportError("No module named 'transformers'")

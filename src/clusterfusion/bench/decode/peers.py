@@ -138,6 +138,7 @@ class CompiledLoop(StaticLoop):
         super().__init__(model, weights, ids, new_tokens)
         for tensor in (self.token, self.made, self._slot):  # as the cache's: the graphs may write to them
             torch._dynamo.mark_static_address(tensor)
+        # Looked up here: where there is none, nothing is compiled first.
         self._unguarded = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
         self._compiled = torch.compile(self.step, mode="reduce-overhead", fullgraph=True, dynamic=False)
         for _ in range(COMPILING_STEPS):
