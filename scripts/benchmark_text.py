@@ -58,7 +58,7 @@ LIMITS = """\
 - Peers at most contexts. Compiling takes long at each, so that most files have peers at the first one alone; "–" means not measured.
 - Random weights have a model's shapes and nothing of its knowledge. A step does the same work whatever the values are, but for the second step
   of a LayerNorm, which rows take whose mean is larger than their deviation ([lab/results/one_step_norm.txt](../lab/results/one_step_norm.txt)
-  has steps in which all rows take it); texts and perplexity need a checkpoint.
+  has steps with two for every row); texts and perplexity need a checkpoint.
 - The host. Loops that launch many kernels a token (transformers eager; of ours `split` and `fused`; for models of a few hundred
   million parameters also our `graph`) take as long as the host needs to launch them; on another machine, or in another minute, they
   may be twice as fast or as slow, and so may what is said of ours beside them. Time to the first token of

@@ -246,14 +246,13 @@ def earlier_record(tree: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch, files: Path) -> Callable[..., dict[str, Any] | None]:
-    """Makes an earlier record, changes something, and makes another since that one. What came of it, with "left_out" beside it: what pytest
-    was not to run. None if there is no record."""
+def record(monkeypatch: pytest.MonkeyPatch, files: Path) -> Callable[..., dict[str, Any]]:
+    """Makes an earlier record, changes something, and makes another since that one; "left_out" beside it is what pytest was not to run."""
 
     def make(
         change: Callable[[], object] = lambda: None, earlier: Any = None, ran: dict[str, dict[str, int]] | None = None,
         status: int = 0, journal: Path | None = None,
-    ) -> dict[str, Any] | None:  # fmt: skip
+    ) -> dict[str, Any]:  # fmt: skip
         write(files / "earlier.json", json.dumps(earlier_record(files) if earlier is None else earlier))
         change()
         seen: list[str] = []
@@ -274,7 +273,8 @@ def record(monkeypatch: pytest.MonkeyPatch, files: Path) -> Callable[..., dict[s
         options += ["--journal", str(journal)] * (journal is not None)
         monkeypatch.setattr("sys.argv", ["gpu_record.py", *options])
         gpu_record.main()
-        return json.loads(output.read_text(encoding="utf-8")) | {"left_out": seen}
+        made: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        return made | {"left_out": seen}
 
     return make
 

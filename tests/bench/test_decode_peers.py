@@ -87,7 +87,6 @@ def test_loops_decode_the_references_tokens_every_time(name: str, config: Decode
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("without_gpu")
 def test_compiled_code_is_compiled_and_recorded_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few tokens there are; after that no guard is asked."""
     calls: list[Any] = []
