@@ -81,6 +81,7 @@ for number, options in enumerate({options}):
     for form in ("split", "fused"):
         for position in (0, 1, 299):
             x = torch.randn(c.hidden_size, device="cuda") + LARGE_MEAN * (position == 1)
+            assert (x.mean() > x.std()) == (position == 1)
             x = x.to(dtype if position else torch.float32)
             heads = [t.view(300, c.num_heads, c.head_dim).transpose(0, 1) for t in (k, v)]
             caches = (k, v) if position else [t.contiguous() for t in heads]  # both layouts
@@ -101,7 +102,8 @@ from tiny_models import tiny_model, weights_of
 from clusterfusion.engine.block_decoder import BlockDecoder
 for options in {options}:
     weights = weights_of(tiny_model("{family}", **options).to("cuda", torch.float16))
-    weights.embedding[::2] += 1000  # beside a deviation of 1: there LayerNorm takes its second step
+    weights.embedding[::2] += 1000  # beside a deviation of 1: there LayerNorm takes its second step; an RMSNorm has none
+    assert all((row.mean() > row.std()) == (token == 4) for token in (3, 4) for row in [weights.embedding[token].float()])
     for mode in ("split", "fused"):
         cache = reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda")
         decoder = BlockDecoder(weights, cache, mode)
@@ -128,11 +130,12 @@ from clusterfusion.ops.layer_launch import plan_for
 from tiny_models import tiny_model, weights_of
 options = {"hidden_size": 544, "num_attention_heads": 68, "intermediate_size": 25600}
 weights = weights_of(tiny_model("gpt_neox", **options).to("cuda", torch.float16))
+weights.embedding[4] += 1000  # beside a deviation of 1: there LayerNorm takes its second step
 plan = dataclasses.replace(plan_for(weights.config, 0), up_first=True)
 decoder = StepDecoder(weights, reference.KVCache.allocate(weights.config, 300, torch.float16, "cuda"), plan=plan)
-for position in (0, 1, 298):
-    assert decoder.step(3, position).isfinite().all()
-assert len(list(decoder.stream(3, 40, 6))) == 6
+for token, position in ((3, 0), (4, 1), (3, 298)):
+    assert decoder.step(token, position).isfinite().all()
+assert len(list(decoder.stream(4, 40, 6))) == 6
 """
 
 PREFILL = """

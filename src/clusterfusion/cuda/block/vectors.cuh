@@ -305,7 +305,8 @@ class VectorWarps : public Attention<S> {
     }
   }
 
-  // A norm's sums over this CTA alone, in place of BlockSum and ClusterReduce. No barrier follows a sum's.
+  // A norm's sums over this CTA alone, in place of BlockSum and ClusterReduce. exchange has no barrier: before the scratch is used
+  // again, the caller needs one.
   class OwnSums {
    public:
     __device__ explicit OwnSums(typename Base::Block::Scratch& scratch) : block_(scratch) {}

@@ -26,16 +26,16 @@ __device__ __forceinline__ float reciprocal_sqrt(float value) {
   return residual == residual ? refined : estimate;                       // ... but not at 0 and infinity
 }
 
-// When a LayerNorm takes its second step. E[x^2] - E[x]^2 is as good as centred sums, but for a bit or two, while mean^2 is at most the
-// variance: nothing beside what else a decoder rounds, but to be seen in a norm's float32 result.
+// When a LayerNorm takes its second step. While mean^2 is at most the variance, E[x^2] - E[x]^2 loses one bit to the difference, and a few
+// more for adversarial rows: below 1e-6 of the variance, nothing beside what else a decoder rounds, but to be seen in a float32 result.
 enum class Centring { always, where_needed };
 
 // Two steps over registers: sums, and, when the mean has been subtracted from values, centred sums. What is left of the mean, by its own
 // rounding, is in the transform's shift (the corrected two-pass algorithm: Chan, Golub and LeVeque 1983); at mean 1000 and deviation 1 that
 // rounding would be the largest error in fp32. With Centring::where_needed a row is done after the first step, and values stay as they are,
 // unless its mean is large or its squares are not finite.
-// Collectives: a BlockSum::add and a ClusterReduce exchange a step, with a team block_sync between steps. All members of a cluster see the
-// same sums, so they all take as many.
+// Collectives: a BlockSum::add and a ClusterReduce exchange a step. All members of a cluster see the same sums, so they all take as many.
+// Between steps a team block_sync, for a Reduce that has no barrier of its own: the next add is not before all have read their totals.
 template <Centring kCentring, int kItems, typename Team, typename Block, typename Reduce>
 __device__ __forceinline__ NormTransform
 layer_norm_transform(float (&values)[kItems], int valid, float inverse_hidden, float eps, Team& team, Block& block, Reduce& reduce) {
@@ -60,7 +60,7 @@ layer_norm_transform(float (&values)[kItems], int valid, float inverse_hidden, f
     }
 #pragma unroll
     for (int k = 0; k < kItems; k++) {
-      if (k < valid) values[k] -= mean;
+      if (k < valid) values[k] = __fsub_rn(values[k], mean);  // never contracted with what made the value
     }
     team.block_sync();
   }
