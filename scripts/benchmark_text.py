@@ -36,7 +36,7 @@ peers fewer, where the file says so).
 enough, and the whole step captured or compiled: model, LM head, argmax, the feeding back of the token and the keeping of it for later. torch.compile has the
 settings of that mode and no others: no search for faster kernels (max-autotune). In `bench full` and `bench decode` its guards are not asked again
 before each step (`torch.compiler.set_stance(skip_guard_eval_unsafe=True)`), so that the host, which may be slow, is ahead of the GPU. (Files of
-sources `6922ade3` and `a09d9182` are of a loop that asked them, and fed the token back between two graphs.) The prompt, and so the first token, of both is the plain model's
+sources `6922ade3` are of a loop that asked them, and fed the token back between two graphs.) The prompt, and so the first token, of both is the plain model's
 over that cache. In `bench layer` all three
 run the model's forward from the residual stream, over such a cache: layers, attention mask, rotary tables and final norm.
 
