@@ -47,14 +47,15 @@ class ResultFile:
         return times_of(self.data)
 
     @property
-    def contexts_left(self) -> list[int]:
-        """That were asked for and are not in the file, of a run that ended before its time, whether it knew or not."""
-        there = {point["context"] for point in self.data.get("contexts", ())}
-        return [context for context in self.data.get("asked_contexts", ()) if context not in there]
+    def left(self) -> list[int]:
+        """Contexts, or prompts, that were asked for and are not in the file, of a run that ended before its time, whether it knew or not."""
+        at = "prompt" if self.kind == "prefill" else "context"
+        there = {point[at] for point in self.data.get(f"{at}s", ())}
+        return [tokens for tokens in self.data.get(f"asked_{at}s", ()) if tokens not in there]
 
     @property
     def is_whole(self) -> bool:
-        return not self.data.get("interrupted") and not self.contexts_left
+        return not self.data.get("interrupted") and not self.left
 
     @property
     def rank(self) -> tuple[int, str, str]:

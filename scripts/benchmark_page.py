@@ -139,7 +139,7 @@ def _decoding(file: ResultFile) -> str:
 def _not_in_it(file: ResultFile, missing: Sequence[str] = ()) -> str:
     """What a result lacks, as a paragraph; nothing for one that is whole."""
     missing = [*missing, *["the run was interrupted"] * bool(file.data.get("interrupted"))]
-    if left := file.contexts_left:
+    if left := file.left:
         missing.append(f"what was to be measured at {', '.join(map(str, left))}")
     return f"Not in it: {'; '.join(missing)}.\n" if missing else ""
 
@@ -157,7 +157,11 @@ def _errors(points: Sequence[dict[str, Any]], at: str, loops: str) -> list[str]:
 def _clocks(file: ResultFile) -> str:
     """The SMs' clock and the GPU's power beside each time, where they were looked at."""
     made = _by_context(file, _field("clocks", lambda clocks: f"{clocks['sm_mhz']:.0f}, {clocks['watts']:.0f} W"))
-    return made and f"The SMs' clock in MHz and the GPU's power in these runs, prompts included, medians:\n\n{made}"
+    watts = file.origin["device"].get("power_limit_watts")
+    limit = "" if watts is None else f"; its limit is {watts:.0f} W"
+    return (
+        made and f"The SMs' clock in MHz and the GPU's power in these runs, prompts included, medians{limit}:\n\n{made}"
+    )
 
 
 def _spread(file: ResultFile) -> str:

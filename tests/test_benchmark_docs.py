@@ -260,7 +260,20 @@ def test_contexts_that_a_run_did_not_come_to_are_named(root: Path) -> None:
     killed = decoded("full", perplexity=None, no_perplexity="not measured yet")
     del killed["contexts"][1:]
     put(root, "full.json", killed)
-    assert "; what was to be measured at 512, 1024.\n" in page(*read_results(root))
+    loops = {"model": {"median_ms": 8.0, "p10_ms": 8.0, "p90_ms": 8.0, "ratio_to_transformers": None, "error": None}}
+    prefill = {"model": {"name": "x", "dtype": "float16"}, "runs": 5, "scope": "a wall", "asked_prompts": [16, 128]}
+    prefill |= {"prompts": [{"prompt": 16, "loops": loops}], "interrupted": False}
+    put(root, "prefill.json", {"benchmark": "prefill", **prefill, **ORIGIN})
+    said = page(*read_results(root))
+    assert "; what was to be measured at 512, 1024.\n" in said
+    assert "Not in it: what was to be measured at 128.\n" in said
+
+
+@pytest.mark.parametrize("limit", [650.0, None])
+def test_the_power_limit_is_said_where_it_is_known(root: Path, limit: float | None) -> None:
+    put(root, "decode.json", decoded(device={"name": "NVIDIA Fabricated", "power_limit_watts": limit}))
+    end = "; its limit is 650 W:" if limit else ":"
+    assert f"GPU's power in these runs, prompts included, medians{end}\n" in page(*read_results(root))
 
 
 def test_numbers_that_json_lacks(root: Path) -> None:

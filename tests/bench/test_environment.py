@@ -1,11 +1,16 @@
-"""The digest of the package's sources and the versions that go into a result file."""
+"""The digest of the package's sources, the versions, and what the driver says of a GPU, which go into a result file."""
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
+import pytest
+import torch
+
 import clusterfusion
-from clusterfusion.bench.environment import package_digest, versions
+from clusterfusion.bench import environment
+from clusterfusion.bench.environment import device_facts, package_digest, versions
 
 
 def test_the_digest_follows_every_file_but_caches(tmp_path: Path) -> None:
@@ -33,3 +38,36 @@ def test_versions_name_what_decides_a_time() -> None:
     found = versions()
     assert found["clusterfusion"] == clusterfusion.__version__
     assert {"torch", "transformers", "cuda-core", "nvidia-cuda-nvrtc", "cuda_runtime"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("tool", "uuid", "driver", "watts"),
+    [
+        ('[ "$1" = --id=GPU-b2 ] && echo 650.00 || echo 580.159.04', "b2", "580.159.04", 650.0),
+        ('case "$*" in *--id=*) echo "[N/A]";; *) echo 580.159.04;; esac', "b2", "580.159.04", None),
+        ('case "$*" in *--id=*) echo no such GPU; exit 6;; *) echo 580.159.04;; esac', "b2", "580.159.04", None),
+        ("echo 580.159.04", None, "580.159.04", None),
+        ("exit 9", "b2", "unknown", None),
+        (None, "b2", "unknown", None),
+    ],
+)
+def test_driver_and_power_limit_are_as_the_driver_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str | None,
+    uuid: str | None,
+    driver: str,
+    watts: float | None,
+) -> None:
+    """Of the GPU with that UUID: its numbers of GPUs are not CUDA's."""
+    if tool is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = types.SimpleNamespace() if uuid is None else types.SimpleNamespace(uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    limits = types.SimpleNamespace(name="GPU", compute_capability=(9, 0), multiprocessors=132, l2_bytes=50 << 20)
+    monkeypatch.setattr(environment, "device_limits", lambda index: limits)
+    facts = device_facts(1)
+    assert (facts["driver"], facts["power_limit_watts"]) == (driver, watts)
+    assert facts["compute_capability"] == "9.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_a_run_is_that_of_decode_and_a_text(demo: Engine) -> None:
     assert len(report_tables(report)) == 2
     assert any(line.startswith("perplexity: ours, decoding token by token") for line in lines(report))
     assert "- perplexity: ours" in markdown(report) and "`the command`" in markdown(report)
+
+
+def test_it_passes_where_tokens_are_the_same_and_our_cost_is_finite(demo: Engine) -> None:
+    report = run(demo)
+    assert report.passed and report.perplexity is not None
+    bad = dataclasses.replace(report.perplexity.losses["prefill"], nats_per_token=math.nan)
+    for path, passed in (("decode", False), ("prefill", False), ("transformers", True)):
+        scored = dataclasses.replace(report.perplexity, losses={**report.perplexity.losses, path: bad})
+        assert dataclasses.replace(report, perplexity=scored).passed == passed
+    context = dataclasses.replace(report.decode.contexts[0], differences=("graph and split differ",))
+    differing = dataclasses.replace(report.decode, contexts=(context,))
+    assert not dataclasses.replace(report, decode=differing).passed
+    assert not dataclasses.replace(report, decode=differing, perplexity=None).passed
 
 
 def test_without_a_text_the_report_says_why(demo: Engine) -> None:

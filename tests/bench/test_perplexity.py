@@ -109,6 +109,28 @@ def test_a_wrong_decode_path_shows(folder: Path, sides: Sides, monkeypatch: pyte
     assert report.differences["prefill - transformers"].largest_nats < 1e-3
 
 
+class Overflowing(Session):
+    """Once, in the middle."""
+
+    def step(self, token: int) -> Tensor:
+        return super().step(token) * (math.nan if self.position == 20 else 1)
+
+
+def test_a_cost_that_is_no_number_passes_nothing(folder: Path, sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "text.txt"
+    whole = perplexity(sides, quiet, text_file=file)
+    assert whole.passed and not whole.not_finite and len(lines(whole)) == 1
+    logits = CausalLM.logits
+    monkeypatch.setattr(CausalLM, "logits", lambda self, ids: logits(self, ids) * math.inf)
+    theirs = perplexity(sides, quiet, text_file=file)
+    assert theirs.passed and theirs.not_finite == ("transformers",)
+    assert lines(theirs)[1].startswith("NOT FINITE: transformers: activations overflow")
+    monkeypatch.setattr(module, "Session", Overflowing)
+    both = perplexity(sides, quiet, text_file=file)
+    assert not both.passed and both.not_finite == ("decode", "transformers")
+    assert lines(both)[1].startswith("NOT FINITE: ours, decoding token by token: ")
+
+
 def test_interrupted_it_keeps_whole_windows(folder: Path, sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = CausalLM.logits
     calls = 0

@@ -81,6 +81,7 @@ def test_a_run_fills_the_context_and_agrees_with_transformers(engine: Engine) ->
         assert times.ratio(PEER) == 1 and times.ratio("reference") is not None
     out = json.loads(json.dumps(made.to_json(report), allow_nan=False))
     assert out["prompts"][1]["loops"]["reference"]["samples"] == 5
+    assert made.to_json(seen[0])["asked_prompts"] == out["asked_prompts"] == [5, 40], "so that a killed run is known"
     assert len(list(made.rows(report))) == made.table(report).row_count == 4
     said = made.markdown(report)
     assert "| 40 | reference |" in said and "`a command`" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,40 @@ def test_a_wrong_engine_shows(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> 
     assert hidden.transformers is not None
     assert report.hidden_note
     assert any(report.hidden_note in line for line in lines(report))
+
+
+@pytest.mark.parametrize("side", ["ours", "transformers"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_said(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, side: str, bad: float
+) -> None:
+    """Be it one logit of one step, behind which larger errors come."""
+    assert quality(sides, quiet, tokens=20).not_finite == ()
+    step, steps = Stepper.step, 0
+
+    class Ours(Session):
+        def step(self, token: int) -> Tensor:
+            logits = super().step(token).clone()
+            logits[5] += bad if self.position == 10 else self.position
+            return logits
+
+    def theirs(self: Stepper, token: int) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        steps += 1
+        logits, hidden = step(self, token)
+        logits = logits.clone()
+        logits[5] += bad if steps == 10 else steps
+        return logits, hidden
+
+    if side == "ours":
+        monkeypatch.setattr(module, "Session", Ours)
+    else:
+        monkeypatch.setattr(Stepper, "step", theirs)
+    report = quality(sides, quiet, tokens=20)
+    assert report.not_finite == (side,)
+    assert report.passed == (side == "transformers")
+    assert not math.isfinite(getattr(report.logits_max, side))
+    assert lines(report)[-1].startswith(f"NOT FINITE: {side}: ")
 
 
 def test_columns_by_hand() -> None:

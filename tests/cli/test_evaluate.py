@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from torch import Tensor
 
 import clusterfusion
+from clusterfusion.bench import perplexity as perplexity_module
+from clusterfusion.bench import quality as quality_module
 from clusterfusion.bench import verify as verify_module
 from clusterfusion.bench.causal_lm import CausalLM
 from clusterfusion.cli import app as app_module
@@ -152,6 +155,22 @@ def test_a_wrong_engine_has_a_status_of_its_own(
     assert json.loads(file.read_text())["summary"]["divergences"]["error"] == 2
 
 
+@pytest.mark.parametrize("command", ["quality", "perplexity"])
+def test_numbers_that_are_not_finite_have_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    class Overflowing(Session):
+        def step(self, token: int) -> Tensor:
+            return super().step(token) * math.inf
+
+    monkeypatch.setattr({"quality": quality_module, "perplexity": perplexity_module}[command], "Session", Overflowing)
+    file = tmp_path / "result.json"
+    limit = "--tokens" if command == "quality" else "--max-tokens"
+    assert exit_status(monkeypatch, command, "demo", limit, "9", "--device", "cpu", "--json", str(file)) == 3
+    assert "NOT FINITE: ours" in capsys.readouterr().out
+    assert json.loads(file.read_text())["evaluation"] == command
+
+
 def test_interrupted_it_prints_and_writes_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,4 +201,5 @@ def test_help(command: str) -> None:
     assert done.returncode == 0
     assert "--json" in done.stdout
     assert command in run("--help").stdout
-    assert command != "verify" or "3 if not" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert ("3 if not" if command == "verify" else "Exit status 3 if our") in said

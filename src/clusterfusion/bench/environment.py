@@ -93,24 +93,36 @@ def versions() -> dict[str, str | None]:
 
 
 def device_facts(index: int) -> dict[str, Any]:
-    """Name, compute capability, sizes and driver of CUDA device `index`. Raises DeviceError without it."""
+    """Name, compute capability, sizes, driver and power limit of CUDA device `index`. Raises DeviceError without it."""
     limits = device_limits(index)
     return {
         "name": limits.name,
         "compute_capability": ".".join(map(str, limits.compute_capability)),
         "multiprocessors": limits.multiprocessors,
         "l2_bytes": limits.l2_bytes,
-        "driver": _driver_version(),
+        "driver": _ask_driver("driver_version") or _UNKNOWN,
+        "power_limit_watts": _power_limit_watts(index),
     }
 
 
-def _driver_version() -> str:
+def _power_limit_watts(index: int) -> float | None:
+    """None where the driver does not say."""
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # its own order of GPUs may be another one
+    said = _ask_driver("power.limit", f"--id=GPU-{uuid}") if uuid is not None else ""
+    try:
+        return float(said)
+    except ValueError:
+        return None
+
+
+def _ask_driver(field: str, *options: str) -> str:
+    """The first line of what nvidia-smi knows of `field`, without units; "" where it cannot be asked."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return _UNKNOWN
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        return ""
+    query = [tool, *options, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return _UNKNOWN
-    return said.partition("\n")[0].strip() or _UNKNOWN
+        return ""
+    return said.partition("\n")[0].strip()

@@ -111,6 +111,14 @@ def plain(value: Any) -> Any:
     return value
 
 
+OVERFLOW = "activations overflow the dtype; load the model with dtype='bfloat16' or 'float32'"
+
+
+def not_finite(whose: str) -> str:
+    """What is to be said of `whose` numbers where some are not finite."""
+    return f"NOT FINITE: {whose}: {OVERFLOW}"
+
+
 def heading(facts: Facts) -> str:
     """One line: the model, how it ran, and on what."""
     return f"{facts.model}, {facts.dtype}, mode {facts.mode}, on {facts.device['name']}, beside transformers"

@@ -35,7 +35,8 @@ from clusterfusion.errors import ArgumentError
 DEFAULT_WINDOW = 1024
 DEFAULT_MAX_TOKENS = 4096
 MOST_TOKENS = 10**9
-PATHS = ("decode", "prefill", "transformers")
+PEER = "transformers"
+PATHS = ("decode", "prefill", PEER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,16 @@ class PerplexityReport:
     losses: Mapping[str, Loss]
     differences: Mapping[str, Difference]  # by "one - other"
     interrupted: bool
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """The paths that give some scored token no finite cost."""
+        return tuple(path for path, loss in self.losses.items() if not math.isfinite(loss.nats_per_token))
+
+    @property
+    def passed(self) -> bool:
+        """Whether our paths have a cost; transformers may lack one."""
+        return set(self.not_finite) <= {PEER}
 
 
 def make_windows(tokens: int, window: int, stride: int) -> list[Window]:

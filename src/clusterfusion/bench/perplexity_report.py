@@ -44,7 +44,8 @@ def table(report: PerplexityReport) -> Table:
 def lines(report: PerplexityReport) -> list[str]:
     """What the table stands on."""
     cut = f" of {report.asked_windows} (interrupted)," if report.interrupted else ""
-    return [
+    said = [
         f"scored: {report.scored_tokens} tokens, {report.scored_bytes} bytes; windows: {report.windows}{cut} of up to "
         f"{report.window} tokens, stride {report.stride}; {report.source}"
     ]
+    return said + [evaluation.not_finite(NAMES[path]) for path in report.not_finite]

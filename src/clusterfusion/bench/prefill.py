@@ -205,6 +205,7 @@ def to_json(report: PrefillReport) -> dict[str, Any]:
         **dataclasses.asdict(report.origin),
         "model": {"name": report.name, "dtype": report.dtype},
         "runs": report.options.runs,
+        "asked_prompts": list(report.options.prompts),
         "interrupted": report.interrupted,
         "prompts": [
             {

@@ -71,4 +71,4 @@ def lines(report: QualityReport) -> list[str]:
         said.append(f"our hidden state is left out: {report.hidden_note}")
     if report.logits_max.rounded is not None:
         said.append(ROUNDED_NOTE)
-    return said
+    return said + [evaluation.not_finite(side) for side in report.not_finite]

@@ -19,7 +19,7 @@ from clusterfusion.bench.divergence import (
     little_endian,
     measure,
 )
-from clusterfusion.bench.evaluation import Facts, Progress, Sides
+from clusterfusion.bench.evaluation import OVERFLOW, Facts, Progress, Sides
 from clusterfusion.bench.texts import PROMPTS, RANDOM_LENGTHS, no_tokenizer, random_tokens
 from clusterfusion.bench.truth import true_logits
 from clusterfusion.engine import MODES, Engine, Session
@@ -225,8 +225,7 @@ def _require_finite(logits: Tensor, mode: str, prompt: Prompt) -> None:
     bad = (~logits.isfinite()).any(-1).nonzero()
     if len(bad):
         raise ClusterFusionError(
-            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {int(bad[0])}: its activations "
-            "overflow the dtype; load it with dtype='bfloat16' or 'float32'"
+            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {int(bad[0])}: {OVERFLOW}"
         )
 
 

@@ -9,7 +9,6 @@ import typer
 
 from clusterfusion.cli.bench_loops import DtypeOption, MarkdownOption, PeerContextsOption, PeersOption, decode, full
 from clusterfusion.cli.output import (
-    EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
     Outputs,
@@ -17,6 +16,7 @@ from clusterfusion.cli.output import (
     check_apart,
     check_writable,
     command_line,
+    leave,
     progress_lines,
     show_report,
     so_far,
@@ -88,8 +88,7 @@ def layer(
             outputs(report)
     _print(report)
     outputs.check()
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    leave(report.interrupted)
 
 
 @bench.command()
@@ -139,8 +138,7 @@ def prefill(
         outputs(report)
     show_report([made.heading(report)], [made.table(report)], made.lines(report), f"{made.SCOPE}. Medians over runs.")
     outputs.check()
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    leave(report.interrupted)
 
 
 @bench.command()

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clusterfusion.cli.output import (
-    EXIT_DIFFERENT,
-    EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
     Outputs,
@@ -18,6 +16,7 @@ from clusterfusion.cli.output import (
     check_folder,
     check_writable,
     command_line,
+    leave,
     show_report,
     so_far,
     write_json,
@@ -96,7 +95,7 @@ def full(
 ) -> None:
     """Measure everything about a model's decoding: time to the first token and per token, tokens and bytes a second, memory,
     perplexity; ours in every mode and transformers', in turn. Without a GPU: the reference mode, few tokens, no floor. Exit
-    status 3 if tokens of our modes differ."""
+    status 3 if tokens of our modes differ or our perplexity is not finite."""
     check_writable(json_file)
     check_writable(markdown, "--markdown")
     check_apart({"--text": text, "--json": json_file, "--markdown": markdown, "--plots": plots})
@@ -146,7 +145,7 @@ def full(
             write_whole(plots / name, content)
             progress(f"written to {plots / name}")
     outputs.check()
-    _exit(report.interrupted, report.decode)
+    leave(report.interrupted, report.passed)
 
 
 def decode(
@@ -198,7 +197,7 @@ def decode(
             outputs(report)
     show_report(tables.heading(report), [tables.table(report)], tables.lines(report), tables.NOTE)
     outputs.check()
-    _exit(report.interrupted, report)
+    leave(report.interrupted, not report.differences)
 
 
 def _load(
@@ -234,10 +233,3 @@ def _load(
     options_for(check_source(model, random_weights, on_gpu, what))
     engine = load_model(model, random_weights, dtype)
     return engine, options_for(engine.config.max_position)
-
-
-def _exit(interrupted: bool, report: DecodeReport) -> None:
-    if interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if report.differences:
-        raise typer.Exit(EXIT_DIFFERENT)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clusterfusion.cli.output import (
-    EXIT_DIFFERENT,
-    EXIT_INTERRUPTED,
     JsonOption,
     ModelArgument,
     RandomWeights,
     check_apart,
     check_writable,
     command_line,
+    leave,
     progress_lines,
     show_report,
     write_json,
@@ -65,10 +64,7 @@ def verify(
     table = verify_report.table(report) if report.divergences else None
     show(report.facts, table, verify_report.lines(report), f"Rule. {report.rule}" if report.divergences else "")
     write_json(json_file, verify_report.to_json(report), progress)
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if not report.passed:
-        raise typer.Exit(EXIT_DIFFERENT)
+    leave(report.interrupted, report.passed)
 
 
 def quality(
@@ -82,7 +78,7 @@ def quality(
     json_file: JsonOption = None,
 ) -> None:
     """How far are the logits from float64? Ours and transformers', at every token of a text: agreement, errors and KL
-    divergence, with intervals."""
+    divergence, with intervals. Exit status 3 if our numbers are not finite."""
     check_writable(json_file)
     check_apart({"--text": text, "--json": json_file})
     from clusterfusion.bench import quality_report
@@ -99,8 +95,7 @@ def quality(
     report = run(sides, progress, text_file=text, tokens=tokens, random_text=random_text, command=command)
     show(report.facts, quality_report.table(report), quality_report.lines(report), quality_report.NOTE)
     write_json(json_file, quality_report.to_json(report), progress)
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    leave(report.interrupted, report.passed)
 
 
 def perplexity(
@@ -123,7 +118,8 @@ def perplexity(
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """What does a text cost? Sliding-window perplexity through decoding, through prefill and through transformers."""
+    """What does a text cost? Sliding-window perplexities through decoding, prefill and transformers.
+    Exit status 3 if ours are not finite."""
     check_writable(json_file)
     check_apart({"--text": text, "--json": json_file})
     from clusterfusion.bench import perplexity_report
@@ -151,8 +147,7 @@ def perplexity(
     )
     show(report.facts, perplexity_report.table(report), perplexity_report.lines(report), "")
     write_json(json_file, perplexity_report.to_json(report), progress)
-    if report.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    leave(report.interrupted, report.passed)
 
 
 def at_least(name: str, value: int | None, least: int) -> None:

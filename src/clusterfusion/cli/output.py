@@ -105,6 +105,14 @@ def command_line() -> str:
     return shlex.join(["clusterfusion", *kept])
 
 
+def leave(interrupted: bool, passed: bool = True) -> None:
+    """With the exit status of what was measured; of what is whole and passed, by returning."""
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not passed:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
 class Outputs(Generic[Report]):
     """Call it with a report so far to `write` it while a measurement goes on. A file that cannot be written ends nothing:
     `check` raises its error when the report is on the screen, unless a later try has succeeded."""

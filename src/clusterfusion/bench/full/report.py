@@ -27,6 +27,11 @@ class FullReport:
     def interrupted(self) -> bool:
         return self.decode.interrupted or (self.perplexity is not None and self.perplexity.interrupted)
 
+    @property
+    def passed(self) -> bool:
+        """Whether our modes have the same tokens, and our perplexity is finite where there is one."""
+        return not self.decode.differences and (self.perplexity is None or self.perplexity.passed)
+
 
 def to_json(report: FullReport) -> dict[str, Any]:
     """The report as JSON values: those of `bench decode`, with "perplexity" and "no_perplexity" beside them."""
