@@ -387,8 +387,13 @@ def _output(results: Sequence[ResultFile]) -> str:
     for file in files:
         parts.append(f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n")
         with named(file.path, file.kind):
-            parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
+            parts += [_origin(file), kinds[file.kind](file), _not_finite(file), _not_in_it(file)]
     return "\n".join(part for part in parts if part)
+
+
+def _not_finite(file: ResultFile) -> str:
+    sides = file.data.get("not_finite", ())
+    return f"**Not finite:** {', '.join(sides)}.\n" if sides else ""
 
 
 def _verified(file: ResultFile) -> str:

@@ -47,7 +47,8 @@ CUDA graph.) All give the same bits, and a run whose tokens or bits differ is ma
 
 TWICE = """\
 `bench full` and `bench decode` time the same loops. These files hold the same contexts of a model, each measured in a process of its own, with the
-sources whose digest begins as said and, it may be, on another GPU of the same name. Mode `model`, medians; the change is from the first to the second.
+sources whose digest begins as said and, it may be, on another GPU of the same name. Where digests differ, so may kernels, and torch.compile's loop where
+one is `6922ade3`, as said above. Mode `model`, medians; the change is from the first to the second.
 """
 
 LIMITS = """\

@@ -281,7 +281,8 @@ def test_numbers_that_json_lacks(root: Path) -> None:
     put(root, "perplexity.json", evaluated("perplexity", **(SCORED | {"losses": losses})))
     estimate = {"mean": "nan", "low": 0.125, "high": "inf"}
     measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None}}
-    put(root, "quality.json", evaluated("quality", measures=measures, positions=9, source="words"))
+    spoiled = {"measures": measures, "positions": 9, "source": "words", "not_finite": ["ours", "transformers"]}
+    put(root, "quality.json", evaluated("quality", **spoiled))
     summary = {"passed": False, "identical_prompts": 0, "prompts": 1, "divergences": {"error": 2}, "bit_differences": 0}
     summary |= {"same_tokens": 1, "compared_tokens": 2}
     parted: list[Any] = [
@@ -292,6 +293,7 @@ def test_numbers_that_json_lacks(root: Path) -> None:
     put(root, "verify.json", evaluated("verify", **verified, modes=[{"name": "model"}]))
     said = page(*read_results(root))
     assert "| ours, token by token | inf | inf | inf |" in said
+    assert "**Not finite:** ours, transformers.\n" in said
     assert "| kl_nats | nan [0.125, inf] | nan [0.125, inf] | – |" in said
     assert "off by at most nan there, theirs by inf." in said
 

@@ -12,6 +12,15 @@ import clusterfusion
 from clusterfusion.bench import environment
 from clusterfusion.bench.environment import device_facts, package_digest, versions
 
+TOOL = """#!/bin/sh
+PATH=/usr/bin:/bin
+case "$*" in
+"--query-gpu=driver_version --format=csv,noheader,nounits") echo 580.159.04; echo 580.159.04 ;;
+"--id=GPU-b2 --query-gpu=power.limit --format=csv,noheader,nounits") LIMIT ;;
+*) exit 2 ;;
+esac
+"""
+
 
 def test_the_digest_follows_every_file_but_caches(tmp_path: Path) -> None:
     (tmp_path / "cuda").mkdir()
@@ -41,29 +50,32 @@ def test_versions_name_what_decides_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tool", "uuid", "driver", "watts"),
+    ("limit", "uuid", "driver", "watts"),
     [
-        ('[ "$1" = --id=GPU-b2 ] && echo 650.00 || echo 580.159.04', "b2", "580.159.04", 650.0),
-        ('case "$*" in *--id=*) echo "[N/A]";; *) echo 580.159.04;; esac', "b2", "580.159.04", None),
-        ('case "$*" in *--id=*) echo no such GPU; exit 6;; *) echo 580.159.04;; esac', "b2", "580.159.04", None),
-        ("echo 580.159.04", None, "580.159.04", None),
-        ("exit 9", "b2", "unknown", None),
+        ("echo 650.00", "b2", "580.159.04", 650.0),
+        ('echo "[N/A]"', "b2", "580.159.04", None),
+        ("printf '\\377'", "b2", "580.159.04", None),
+        ("echo no such GPU; exit 6", "b2", "580.159.04", None),
+        ("exec sleep 60", "b2", "580.159.04", None),
+        ("echo 650.00", None, "580.159.04", None),
+        ("exit 9", "c3", "580.159.04", None),
         (None, "b2", "unknown", None),
     ],
 )
 def test_driver_and_power_limit_are_as_the_driver_says(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tool: str | None,
+    limit: str | None,
     uuid: str | None,
     driver: str,
     watts: float | None,
 ) -> None:
-    """Of the GPU with that UUID: its numbers of GPUs are not CUDA's."""
-    if tool is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n")
+    """The limit is that of the GPU with that UUID: the driver's numbers of GPUs are not CUDA's. All have one driver."""
+    if limit is not None:
+        (tmp_path / "nvidia-smi").write_text(TOOL.replace("LIMIT", limit))
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(environment, "_DRIVER_S", 1.0)
     properties = types.SimpleNamespace() if uuid is None else types.SimpleNamespace(uuid=uuid)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     limits = types.SimpleNamespace(name="GPU", compute_capability=(9, 0), multiprocessors=132, l2_bytes=50 << 20)

@@ -66,7 +66,7 @@ def test_a_run_is_that_of_decode_and_a_text(demo: Engine) -> None:
 def test_it_passes_where_tokens_are_the_same_and_our_cost_is_finite(demo: Engine) -> None:
     report = run(demo)
     assert report.passed and report.perplexity is not None
-    bad = dataclasses.replace(report.perplexity.losses["prefill"], nats_per_token=math.nan)
+    bad = dataclasses.replace(report.perplexity.losses["prefill"], perplexity=math.nan)
     for path, passed in (("decode", False), ("prefill", False), ("transformers", True)):
         scored = dataclasses.replace(report.perplexity, losses={**report.perplexity.losses, path: bad})
         assert dataclasses.replace(report, perplexity=scored).passed == passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -124,11 +125,16 @@ def test_a_cost_that_is_no_number_passes_nothing(folder: Path, sides: Sides, mon
     monkeypatch.setattr(CausalLM, "logits", lambda self, ids: logits(self, ids) * math.inf)
     theirs = perplexity(sides, quiet, text_file=file)
     assert theirs.passed and theirs.not_finite == ("transformers",)
-    assert lines(theirs)[1].startswith("NOT FINITE: transformers: activations overflow")
+    assert lines(theirs)[1].startswith("NOT FINITE: transformers; it may be that activations overflow")
     monkeypatch.setattr(module, "Session", Overflowing)
     both = perplexity(sides, quiet, text_file=file)
+    assert to_json(both)["not_finite"] == ["decode", "transformers"]
+    costly = loss(torch.tensor([800.0]), 0)  # finite nats; and of no bytes, of which no bits are known
+    assert dataclasses.replace(whole, losses={**whole.losses, "prefill": costly}).not_finite == ("prefill",)
+    special = dataclasses.replace(whole.losses["decode"], bits_per_byte=math.nan)
+    assert dataclasses.replace(whole, losses={**whole.losses, "decode": special}).passed
     assert not both.passed and both.not_finite == ("decode", "transformers")
-    assert lines(both)[1].startswith("NOT FINITE: ours, decoding token by token: ")
+    assert lines(both)[1].startswith("NOT FINITE: ours, decoding token by token; ")
 
 
 def test_interrupted_it_keeps_whole_windows(folder: Path, sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:

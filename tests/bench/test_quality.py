@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from clusterfusion.bench import quality as module
+from clusterfusion.bench.agreement import Estimate
 from clusterfusion.bench.causal_lm import Stepper
 from clusterfusion.bench.evaluation import Sides, load_sides
 from clusterfusion.bench.quality import compare, quality
@@ -142,7 +145,30 @@ def test_logits_that_are_not_finite_are_said(
     assert report.not_finite == (side,)
     assert report.passed == (side == "transformers")
     assert not math.isfinite(getattr(report.logits_max, side))
-    assert lines(report)[-1].startswith(f"NOT FINITE: {side}: ")
+    assert lines(report)[-1].startswith(f"NOT FINITE: {side}; ")
+
+
+def test_what_of_it_is_not_finite_is_said(sides: Sides) -> None:
+    """Each measure of each side counts. Ours as rounded is said, and passes."""
+    report = quality(sides, quiet, tokens=20)
+    bad = Estimate(math.inf, math.nan, math.nan)
+    for name, measure in report.measures.items():
+        for side in ("ours", "rounded", "transformers"):
+            spoiled = dataclasses.replace(measure, **{side: bad})
+            other = dataclasses.replace(report, measures={**report.measures, name: spoiled})
+            assert other.not_finite == (side,)
+            assert other.passed == (side != "ours")
+            assert to_json(other)["not_finite"] == [side]
+            assert lines(other)[-1].startswith(
+                "NOT FINITE: ours, rounded;" if side == "rounded" else f"NOT FINITE: {side};"
+            )
+
+
+def test_two_infinities_have_no_difference() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = module._comparison([math.inf, 1.0], [math.inf, 2.0], None)
+    assert made.difference is not None and math.isnan(made.difference.mean)
 
 
 def test_columns_by_hand() -> None:

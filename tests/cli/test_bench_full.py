@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from clusterfusion.bench import perplexity
 from clusterfusion.bench.full import measure
 from clusterfusion.cli import main
 from clusterfusion.cli.progress import ProgressBar
+from clusterfusion.engine import Session
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +53,18 @@ def test_without_a_model_it_runs_the_demo_and_says_what_is_missing(
     names = {path.name for path in folder.iterdir()}
     assert names == {f"full_demo_{name}.{kind}" for name in ("tpot", "speedup") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "page.md", "plots"}
+
+
+def test_a_perplexity_that_is_not_finite_has_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Overflowing(Session):
+        def step(self, token: int) -> Tensor:
+            return super().step(token) * math.inf
+
+    monkeypatch.setattr(perplexity, "Session", Overflowing)
+    assert run(monkeypatch, "--contexts", "4", "--new-tokens", "2", "--no-peers") == 3
+    assert "NOT FINITE: ours, decoding token by token; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,20 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
 
-from clusterfusion.cli.output import Outputs, check_apart, check_writable, command_line, write_json, write_whole
+from clusterfusion.cli.output import Outputs, check_apart, check_writable, command_line, leave, write_json, write_whole
 from clusterfusion.errors import ArgumentError
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "passed", "status"), [(True, True, 130), (True, False, 130), (False, False, 3)]
+)
+def test_the_exit_status_says_how_it_went(interrupted: bool, passed: bool, status: int) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        leave(interrupted, passed)
+    assert caught.value.exit_code == status
+    leave(False, True)
 
 
 def test_a_trial_leaves_nothing_behind_and_keeps_what_is_there(tmp_path: Path) -> None:

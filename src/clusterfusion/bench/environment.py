@@ -25,6 +25,7 @@ _PACKAGES = (
 )
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 _UNKNOWN = "unknown"
+_DRIVER_S = 15.0  # in which the driver answers, or nobody waits for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,9 @@ def _ask_driver(field: str, *options: str) -> str:
         return ""
     query = [tool, *options, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        said = subprocess.run(
+            query, capture_output=True, text=True, errors="replace", check=True, timeout=_DRIVER_S
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     return said.partition("\n")[0].strip()

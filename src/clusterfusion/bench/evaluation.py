@@ -111,12 +111,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-OVERFLOW = "activations overflow the dtype; load the model with dtype='bfloat16' or 'float32'"
+OVERFLOW = "it may be that activations overflow the dtype; bfloat16 and float32 have room for more"
 
 
 def not_finite(whose: str) -> str:
     """What is to be said of `whose` numbers where some are not finite."""
-    return f"NOT FINITE: {whose}: {OVERFLOW}"
+    return f"NOT FINITE: {whose}; {OVERFLOW}"
 
 
 def heading(facts: Facts) -> str:

@@ -85,12 +85,12 @@ class PerplexityReport:
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """The paths that give some scored token no finite cost."""
-        return tuple(path for path, loss in self.losses.items() if not math.isfinite(loss.nats_per_token))
+        """The paths whose perplexity is not finite."""
+        return tuple(path for path, loss in self.losses.items() if not math.isfinite(loss.perplexity))
 
     @property
     def passed(self) -> bool:
-        """Whether our paths have a cost; transformers may lack one."""
+        """Whether our paths have one that is; transformers may lack it."""
         return set(self.not_finite) <= {PEER}
 
 

@@ -19,7 +19,7 @@ NAMES = {
 
 def to_json(report: PerplexityReport) -> dict[str, Any]:
     """The report as JSON values."""
-    return evaluation.to_json("perplexity", report)
+    return evaluation.to_json("perplexity", report) | {"not_finite": list(report.not_finite)}
 
 
 def table(report: PerplexityReport) -> Table:

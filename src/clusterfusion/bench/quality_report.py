@@ -33,7 +33,7 @@ ROUNDED_NOTE = (
 
 def to_json(report: QualityReport) -> dict[str, Any]:
     """The report as JSON values."""
-    return evaluation.to_json("quality", report)
+    return evaluation.to_json("quality", report) | {"not_finite": list(report.not_finite)}
 
 
 def table(report: QualityReport) -> Table:
@@ -71,4 +71,4 @@ def lines(report: QualityReport) -> list[str]:
         said.append(f"our hidden state is left out: {report.hidden_note}")
     if report.logits_max.rounded is not None:
         said.append(ROUNDED_NOTE)
-    return said + [evaluation.not_finite(side) for side in report.not_finite]
+    return said + [evaluation.not_finite(ROUNDED if side == "rounded" else side) for side in report.not_finite]

@@ -225,7 +225,7 @@ def _require_finite(logits: Tensor, mode: str, prompt: Prompt) -> None:
     bad = (~logits.isfinite()).any(-1).nonzero()
     if len(bad):
         raise ClusterFusionError(
-            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {int(bad[0])}: {OVERFLOW}"
+            f"mode {mode}, prompt {prompt.label}: the model's logits are not finite at new token {int(bad[0])}; {OVERFLOW}"
         )
 
 
