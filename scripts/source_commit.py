@@ -19,7 +19,7 @@ PACKAGE = "src/clusterfusion"
 
 
 def git(*arguments: str, root: Path = ROOT) -> bytes:
-    return subprocess.run(["git", "-C", str(root), *arguments], check=True, stdout=subprocess.PIPE).stdout
+    return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True).stdout
 
 
 def digest_of(archive: bytes) -> str:
@@ -47,9 +47,14 @@ def find(wanted: str, root: Path = ROOT) -> str | None:
 def main() -> None:
     if len(sys.argv) != 2 or len(sys.argv[1]) < 8:
         sys.exit("source_commit: give one digest, or at least its first 8 digits")
-    commit = find(sys.argv[1].lower())
-    if commit is None:
-        sys.exit(f"source_commit: no commit in this history has sources of digest {sys.argv[1]}")
+    try:
+        commit = find(sys.argv[1].lower())
+        if commit is None:
+            shallow = git("rev-parse", "--is-shallow-repository").strip() == b"true"
+            cut = ", which is cut short: git fetch --unshallow" if shallow else ""
+            sys.exit(f"source_commit: no commit in this history has sources of digest {sys.argv[1]}{cut}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"source_commit: {ROOT} has no history that git can read: {error}")
     print(git("log", "-1", "--format=%H %as %s", commit).decode().strip())
 
 

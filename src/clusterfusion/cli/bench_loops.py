@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 ContextsOption = Annotated[
     str | None,
     typer.Option(
-        help="Prompts' lengths in tokens, with commas between; 16,128,512,1024,1920, or what the model has room for, if left "
-        "out."
+        help="Prompts' lengths in tokens, with commas between; if left out 16,128,512,1024,1920, as far as the model has room, and "
+        "without a GPU 16."
     ),
 ]
 NewTokensOption = Annotated[
@@ -49,7 +49,9 @@ ModesOption = Annotated[
 ]
 PeersOption = Annotated[
     bool,
-    typer.Option(help="Measure transformers' loops on the same weights too; a text is scored by both sides anyway."),
+    typer.Option(
+        help="Measure transformers' loops on the same weights too. (The text of `bench full` is scored by both anyway.)"
+    ),
 ]
 PeerContextsOption = Annotated[
     str | None,
@@ -57,7 +59,12 @@ PeerContextsOption = Annotated[
         help="Contexts to measure transformers at; all of them if left out. torch.compile takes half a minute for each."
     ),
 ]
-DtypeOption = Annotated[str | None, typer.Option(help="float16 or bfloat16; as `generate` takes it if left out.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float16 or bfloat16, in the reference mode also float32 or float64; as `generate` takes it if left out."
+    ),
+]
 MarkdownOption = Annotated[
     Path | None, typer.Option("--markdown", help="Write the table to this file as Markdown.", metavar="FILE")
 ]
