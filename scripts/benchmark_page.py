@@ -356,7 +356,7 @@ def _losses(scored: dict[str, Any]) -> str:
         for path, loss in scored["losses"].items()
     ]
     made = table(["path", "nats/token", "perplexity", "bits/byte"], rows)
-    return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.\n"
+    return f"{made}\n{scored['scored_tokens']} tokens scored: {scored['source']}.{_not_finite(scored)}\n"
 
 
 def _roofline(file: ResultFile) -> str:
@@ -387,13 +387,14 @@ def _output(results: Sequence[ResultFile]) -> str:
     for file in files:
         parts.append(f"### {file.model}{', random weights' * file.random_weights}: `{file.kind}`\n")
         with named(file.path, file.kind):
-            parts += [_origin(file), kinds[file.kind](file), _not_finite(file), _not_in_it(file)]
+            parts += [_origin(file), kinds[file.kind](file), _not_in_it(file)]
     return "\n".join(part for part in parts if part)
 
 
-def _not_finite(file: ResultFile) -> str:
-    sides = file.data.get("not_finite", ())
-    return f"**Not finite:** {', '.join(sides)}.\n" if sides else ""
+def _not_finite(evaluated: dict[str, Any]) -> str:
+    """A sentence behind others."""
+    sides = evaluated.get("not_finite", ())
+    return f" **Not finite:** {', '.join(sides)}." if sides else ""
 
 
 def _verified(file: ResultFile) -> str:
@@ -439,7 +440,7 @@ def _quality(file: ResultFile) -> str:
     rows = [[name, *(cell(measure[side]) for side in sides)] for name, measure in measures.items()]
     made = table(["against float64", *(ROUNDED if side == "rounded" else side for side in sides)], rows)
     note = f" {ROUNDED_NOTE}" if "rounded" in sides else ""
-    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}\n"
+    return f"{made}\n{file.data['positions']} positions: {file.data['source']}.{note}{_not_finite(file.data)}\n"
 
 
 def _seed(results: Sequence[ResultFile]) -> str:

@@ -44,18 +44,18 @@ def find(wanted: str, root: Path = ROOT) -> str | None:
     return None
 
 
-def main() -> None:
+def main(root: Path = ROOT) -> None:
     if len(sys.argv) != 2 or len(sys.argv[1]) < 8:
         sys.exit("source_commit: give one digest, or at least its first 8 digits")
     try:
-        commit = find(sys.argv[1].lower())
+        commit = find(sys.argv[1].lower(), root)
         if commit is None:
-            shallow = git("rev-parse", "--is-shallow-repository").strip() == b"true"
+            shallow = git("rev-parse", "--is-shallow-repository", root=root).strip() == b"true"
             cut = ", which is cut short: git fetch --unshallow" if shallow else ""
             sys.exit(f"source_commit: no commit in this history has sources of digest {sys.argv[1]}{cut}")
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"source_commit: {ROOT} has no history that git can read: {error}")
-    print(git("log", "-1", "--format=%H %as %s", commit).decode().strip())
+        sys.exit(f"source_commit: {root} has no history that git can read: {error}")
+    print(git("log", "-1", "--format=%H %as %s", commit, root=root).decode().strip())
 
 
 if __name__ == "__main__":

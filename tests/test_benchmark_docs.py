@@ -278,7 +278,9 @@ def test_the_power_limit_is_said_where_it_is_known(root: Path, limit: float | No
 
 def test_numbers_that_json_lacks(root: Path) -> None:
     losses = {path: dict.fromkeys(loss, "inf") for path, loss in LOSSES.items()}
-    put(root, "perplexity.json", evaluated("perplexity", **(SCORED | {"losses": losses})))
+    scored = SCORED | {"losses": losses, "not_finite": ["decode", "transformers"]}
+    put(root, "perplexity.json", evaluated("perplexity", **scored))
+    put(root, "full.json", decoded("full", perplexity=scored, no_perplexity=None))
     estimate = {"mean": "nan", "low": 0.125, "high": "inf"}
     measures = {"kl_nats": {"ours": estimate, "transformers": estimate, "difference": None}}
     spoiled = {"measures": measures, "positions": 9, "source": "words", "not_finite": ["ours", "transformers"]}
@@ -293,7 +295,8 @@ def test_numbers_that_json_lacks(root: Path) -> None:
     put(root, "verify.json", evaluated("verify", **verified, modes=[{"name": "model"}]))
     said = page(*read_results(root))
     assert "| ours, token by token | inf | inf | inf |" in said
-    assert "**Not finite:** ours, transformers.\n" in said
+    assert said.count(" **Not finite:** ours, transformers.\n") == 1
+    assert said.count(" **Not finite:** decode, transformers.\n") == 2, "of perplexity alone, and in bench full"
     assert "| kl_nats | nan [0.125, inf] | nan [0.125, inf] | – |" in said
     assert "off by at most nan there, theirs by inf." in said
 

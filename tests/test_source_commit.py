@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +53,8 @@ def test_where_it_is_not_found_one_line_says_why(
         commit(whole, "two")
     if history == "shallow":
         subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{whole}", str(root)], check=True)
-    monkeypatch.setattr(source_commit, "ROOT", root)
-    monkeypatch.setattr(source_commit.find, "__defaults__", (root,))
-    monkeypatch.setattr(source_commit, "git", functools.partial(source_commit.git, root=root))
     monkeypatch.setattr(sys, "argv", ["source_commit.py", "0" * 8])
     with pytest.raises(SystemExit) as caught:
-        source_commit.main()
+        source_commit.main(root)
     said = str(caught.value.code)
     assert expected in said and "\n" not in said

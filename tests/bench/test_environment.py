@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def test_versions_name_what_decides_a_time() -> None:
         ("echo 650.00", "b2", "580.159.04", 650.0),
         ('echo "[N/A]"', "b2", "580.159.04", None),
         ("printf '\\377'", "b2", "580.159.04", None),
-        ("echo no such GPU; exit 6", "b2", "580.159.04", None),
+        ("echo nan", "b2", "580.159.04", None),
+        ("echo 650.00; exit 6", "b2", "580.159.04", None),
         ("exec sleep 60", "b2", "580.159.04", None),
         ("echo 650.00", None, "580.159.04", None),
         ("exit 9", "c3", "580.159.04", None),
@@ -77,9 +79,18 @@ def test_driver_and_power_limit_are_as_the_driver_says(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(environment, "_DRIVER_S", 1.0)
     properties = types.SimpleNamespace() if uuid is None else types.SimpleNamespace(uuid=uuid)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: properties}.get)
     limits = types.SimpleNamespace(name="GPU", compute_capability=(9, 0), multiprocessors=132, l2_bytes=50 << 20)
     monkeypatch.setattr(environment, "device_limits", lambda index: limits)
+    began = time.monotonic()
     facts = device_facts(1)
+    assert time.monotonic() - began < 30, "nobody waits for a driver that hangs"
     assert (facts["driver"], facts["power_limit_watts"]) == (driver, watts)
     assert facts["compute_capability"] == "9.0"
+
+
+def test_a_tool_that_cannot_be_started_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_bytes(b"\x7fELF, in part")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._ask_driver("driver_version") == ""

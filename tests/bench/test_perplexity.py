@@ -96,7 +96,8 @@ def test_loss_by_hand() -> None:
 
 def test_a_loss_that_is_no_number_stays_one() -> None:
     assert math.isnan(loss(torch.tensor([math.nan]), 1).perplexity)
-    assert loss(torch.tensor([800.0]), 1).perplexity == math.inf
+    assert loss(torch.tensor([710.0]), 1).perplexity == math.inf
+    assert loss(torch.tensor([709.0]), 1).perplexity == pytest.approx(math.exp(709))
 
 
 def test_a_wrong_decode_path_shows(folder: Path, sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,8 +167,9 @@ def test_what_of_it_is_not_finite_is_said(sides: Sides) -> None:
 def test_two_infinities_have_no_difference() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = module._comparison([math.inf, 1.0], [math.inf, 2.0], None)
-    assert made.difference is not None and math.isnan(made.difference.mean)
+        for theirs in ([math.inf, 2.0], [2.0, math.inf]):
+            made = module._comparison([math.inf, 1.0], theirs, None)
+            assert made.difference is not None and math.isnan(made.difference.mean)
 
 
 def test_columns_by_hand() -> None:

@@ -9,20 +9,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli import interruptible
 
 import clusterfusion
+from clusterfusion.bench import layer, prefill
 from clusterfusion.bench.decode import measure
 from clusterfusion.bench.environment import Origin
-from clusterfusion.bench.options import layer_options
+from clusterfusion.bench.options import LayerOptions, layer_options
 from clusterfusion.bench.read_ceiling import ReadSpeeds
 from clusterfusion.bench.report import ContextTimes, LayerReport, PeerNote
 from clusterfusion.bench.samples import Summary
 from clusterfusion.cli import main
 from clusterfusion.cli.bench import _print
+from clusterfusion.engine import Engine
 
 SOURCE = Path(clusterfusion.__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
@@ -208,12 +211,46 @@ def test_modes_that_differ_are_exit_status_3(
 
     monkeypatch.setattr(measure._Run, "context", different)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = "bench decode demo --contexts 4 --new-tokens 2 --no-peers".split()
-    monkeypatch.setattr(sys, "argv", ["clusterfusion", *arguments])
+    assert status(monkeypatch, *"decode demo --contexts 4 --new-tokens 2 --no-peers".split()) == 3
+    assert "FAILED: graph and split differ" in capsys.readouterr().out
+
+
+def status(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """The status that `clusterfusion bench` would exit with, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["clusterfusion", "bench", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 3
-    assert "FAILED: graph and split differ" in capsys.readouterr().out
+    return ended.value.code
+
+
+def test_an_interrupted_prefill_has_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prefill._measure_prompt
+
+    def stop(engine: Engine, loops: Any, prompt: int, runs: int) -> prefill.PromptTimes:
+        if prompt == 6:
+            raise KeyboardInterrupt
+        return whole(engine, loops, prompt, runs)
+
+    monkeypatch.setattr(prefill, "_measure_prompt", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "times.json"
+    asked = ("demo", "--prompts", "5,6", "--runs", "5", "--no-peers", "--json", str(file))
+    assert status(monkeypatch, "prefill", *asked) == 130
+    said = json.loads(file.read_text())
+    assert (said["interrupted"], said["asked_prompts"], len(said["prompts"])) == (True, [5, 6], 1)
+
+
+def test_interrupted_layers_have_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Summary(1.25, 1.0, 1.5, 100)
+    read = {"loads": times}
+    context = ContextTimes(16, {"graph": times}, {}, {}, read)
+
+    def stopped(options: LayerOptions, *rest: Any) -> LayerReport:
+        origin = Origin("", "", {"name": "GPU"}, {}, "")
+        return LayerReport(options, origin, ReadSpeeds(4 << 30, read), (context,), interrupted=True)
+
+    monkeypatch.setattr(layer, "measure_layers", stopped)
+    assert status(monkeypatch, "layer", "--random-weights", "pythia-2.8b", "--contexts", "16,512") == 130
 
 
 def test_help_lists_the_options() -> None:

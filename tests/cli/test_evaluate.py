@@ -195,6 +195,29 @@ def test_interrupted_it_prints_and_writes_what_is_done(
     assert (written["interrupted"], written["asked_prompts"], len(written["prompts"])) == (True, 5, 2)
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "steps"),
+    [("quality", ("--tokens", "20"), 4), ("perplexity", ("--max-tokens", "40", "--window", "16", "--stride", "8"), 20)],
+)
+def test_interrupted_the_others_do_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[str, ...], steps: int
+) -> None:
+    taken = 0
+
+    class Stopped(Session):
+        def step(self, token: int) -> Tensor:
+            nonlocal taken
+            taken += 1
+            if taken > steps:
+                raise KeyboardInterrupt
+            return super().step(token)
+
+    monkeypatch.setattr({"quality": quality_module, "perplexity": perplexity_module}[command], "Session", Stopped)
+    file = tmp_path / "result.json"
+    assert exit_status(monkeypatch, command, "demo", *options, "--device", "cpu", "--json", str(file)) == 130
+    assert json.loads(file.read_text())["interrupted"]
+
+
 @pytest.mark.parametrize("command", ["verify", "quality", "perplexity"])
 def test_help(command: str) -> None:
     done = run(command, "--help")

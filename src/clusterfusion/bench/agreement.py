@@ -65,7 +65,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
     if not len(data):
         raise ArgumentError("values is empty; an estimate needs at least one position")
     if not np.isfinite(data).all():
-        return Estimate(float(data.mean()), float("nan"), float("nan"))
+        with np.errstate(invalid="ignore"):  # infinities may have no sum
+            return Estimate(float(data.mean()), float("nan"), float("nan"))
     generator = np.random.default_rng(seed)
     means = []
     rows = max(_BLOCK // len(data), 1)

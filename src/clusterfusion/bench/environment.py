@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import math
 import platform
 import shutil
 import subprocess
@@ -111,9 +112,10 @@ def _power_limit_watts(index: int) -> float | None:
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # its own order of GPUs may be another one
     said = _ask_driver("power.limit", f"--id=GPU-{uuid}") if uuid is not None else ""
     try:
-        return float(said)
+        watts = float(said)
     except ValueError:
         return None
+    return watts if math.isfinite(watts) else None
 
 
 def _ask_driver(field: str, *options: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from clusterfusion.errors import ArgumentError
 DEFAULT_WINDOW = 1024
 DEFAULT_MAX_TOKENS = 4096
 MOST_TOKENS = 10**9
+_MOST_NATS = math.log(sys.float_info.max)  # whose exp is a number
 PEER = "transformers"
 PATHS = ("decode", "prefill", PEER)
 
@@ -275,4 +277,4 @@ def loss(nats: Tensor, scored_bytes: int) -> Loss:
     """The cost of tokens that took `nats` each and stand for `scored_bytes` bytes together."""
     mean = float(nats.mean())
     bits = float(nats.sum()) / math.log(2) / scored_bytes if scored_bytes > 0 else math.nan
-    return Loss(mean, math.inf if mean >= 700 else math.exp(mean), bits)
+    return Loss(mean, math.inf if mean > _MOST_NATS else math.exp(mean), bits)

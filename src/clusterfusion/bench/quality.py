@@ -78,7 +78,7 @@ class QualityReport:
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """The sides, as `Comparison` names them, of whose means one is not finite. The largest error is no more so than the mean."""
+        """The sides, as `Comparison` names them, of whose means one is not finite; so it is where a largest error is not."""
 
         def is_finite(side: str) -> bool:
             estimates = [getattr(measure, side) for measure in self.measures.values()]
@@ -240,6 +240,6 @@ def _comparison(
     def estimate(values: Sequence[float] | None) -> Estimate | None:
         return None if values is None else bootstrap(values, SEED)
 
-    with np.errstate(invalid="ignore"):  # of two infinities
+    with np.errstate(invalid="ignore"):  # infinities may have no difference
         both = None if ours is None or theirs is None else (np.asarray(ours) - np.asarray(theirs)).tolist()
     return Comparison(estimate(ours), estimate(theirs), estimate(both), estimate(rounded))
